@@ -1,0 +1,49 @@
+"""Run the benchmarks and print their figures beside the targets."""
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from benchmarks import flights, http, instructions, promises, requests
+from benchmarks._report import Report, dump, machine, show
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of: {', '.join(_all())}")
+    parser.add_argument("--short", action="store_true", help="only see that it runs: no figures")
+    parser.add_argument("--url", help="a PostgreSQL server to use instead of one of our own")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there too")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.names) - set(_all()):
+        parser.error(f"no such benchmark: {', '.join(sorted(unknown))}")
+    return arguments
+
+
+def _all(url: str | None = None, *, short: bool = False) -> dict[str, Callable[[], Report]]:
+    return {
+        "requests": partial(requests.run, short=short),
+        "flights": partial(flights.run, url=url, short=short),
+        "instructions": partial(instructions.run, short=short),
+        "promises": partial(promises.run, url=url),
+        "http": partial(http.run, url=url, short=short),
+    }
+
+
+def main() -> None:
+    """Run the benchmarks that the command line names, or all."""
+    arguments = _parse()
+    environment = machine()
+    print(*(f"{name} {value}" for name, value in environment.items()), sep=" · ")
+    reports = []
+    for name, run in _all(arguments.url, short=arguments.short).items():
+        if not arguments.names or name in arguments.names:
+            reports.append(run())
+            show(reports[-1])
+    if arguments.json:
+        dump(arguments.json, environment, reports)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""Processor instructions per unit of work on in-memory SQLite, where only Python code costs.
+
+Each variant runs in a fresh process under callgrind, so that nothing of one is in another.
+callgrind writes a part of its profile whenever `getppid` is called, and the units run between
+two such calls: start-up and warm-up are in other parts. Without valgrind, each variant's
+processor time is taken instead, in alternating rounds.
+"""
+
+import gc
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+from benchmarks._model import FIRST, Item, fill
+from benchmarks._peers import PEERS, Peer, Unit
+from benchmarks._report import Figure, Report, Spread, Table
+
+KINDS = ("empty", "one SELECT", "one INSERT")
+READ_ONLY = "sessionscope read_only"
+VARIANTS = (*PEERS, READ_ONLY)
+WARM_UP = 20
+UNITS = 100
+
+Costs = dict[str, Spread]
+
+
+def run(*, short: bool) -> Report:
+    """Count what each variant costs; with *short*, take processor time as without valgrind."""
+    counted = shutil.which("valgrind") is not None and not short
+    costs = _instructions(VARIANTS) if counted else _processor_times(VARIANTS, short=short)
+    return _report(costs, "thousand instructions" if counted else "processor µs")
+
+
+def _report(costs: dict[str, Costs], unit: str) -> Report:
+    report = Report(f"instructions: {unit} per unit (in-memory SQLite)")
+    table = Table(f"{unit} per unit", ["variant", *KINDS])
+    for variant, by_kind in costs.items():
+        table.rows.append([variant, *(_cell(by_kind, kind) for kind in KINDS)])
+    theirs = costs["sessionmaker.begin"]
+    for kind, at_most in zip(KINDS, (None, 1.05, None), strict=True):
+        ratio = costs["sessionscope"][kind].median / theirs[kind].median
+        name = f"begin() / sessionmaker.begin(), {kind}"
+        report.figures.append(Figure(name, ratio, at_most=at_most))
+    report.tables.append(table)
+    return report
+
+
+def _cell(costs: Costs, kind: str) -> str:
+    return f"{costs[kind].median:.0f}" if kind in costs else "-"
+
+
+def _instructions(variants: tuple[str, ...]) -> dict[str, Costs]:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(variants, pool.map(_callgrind, variants), strict=True))
+
+
+def _callgrind(variant: str) -> Costs:
+    with tempfile.TemporaryDirectory() as folder:
+        profile = Path(folder, "profile")
+        command = [
+            *("valgrind", "--tool=callgrind", f"--callgrind-out-file={profile}"),
+            *("--dump-before=getppid", sys.executable, "-m", "benchmarks.instructions", variant),
+        ]
+        environment = {**os.environ, "PYTHONHASHSEED": "0"}
+        subprocess.run(command, check=True, capture_output=True, env=environment)
+        kinds = [kind for kind in KINDS if _has(variant, kind)]
+        # Parts alternate: what led up to the units, the units, what led up to the next.
+        parts = [_total(profile.with_name(f"profile.{2 * n + 2}")) for n in range(len(kinds))]
+    return {kind: Spread.of([part / UNITS / 1e3]) for kind, part in zip(kinds, parts, strict=True)}
+
+
+def _total(profile: Path) -> int:
+    found = re.search(r"^totals: (\d+)$", profile.read_text(), re.MULTILINE)
+    assert found is not None
+    return int(found[1])
+
+
+def _processor_times(variants: tuple[str, ...], *, short: bool) -> dict[str, Costs]:
+    rounds = 3 if short else 15
+    works = {(v, kind): _work(v, kind) for v in variants for kind in KINDS if _has(v, kind)}
+    taken: dict[tuple[str, str], list[float]] = {key: [] for key in works}
+    for _ in range(rounds):
+        for key, work in works.items():
+            taken[key].append(_processor_time(work))
+    return {
+        variant: {
+            kind: Spread.of(times) for (name, kind), times in taken.items() if name == variant
+        }
+        for variant in variants
+    }
+
+
+def _processor_time(work: Callable[[], None]) -> float:
+    start = time.process_time()
+    _repeat(work, UNITS)
+    return (time.process_time() - start) / UNITS * 1e6
+
+
+def _has(variant: str, kind: str) -> bool:
+    return variant != READ_ONLY or kind != "one INSERT"
+
+
+def _work(variant: str, kind: str) -> Callable[[], None]:
+    """Return one unit of *kind* on a warm database of *variant*'s own."""
+    peer = PEERS[variant.removesuffix(" read_only")]("sqlite://")
+    _fill(peer)
+    unit = peer.read if variant == READ_ONLY else peer.unit
+    works = {
+        "empty": partial(_empty, unit),
+        "one SELECT": partial(_select, unit),
+        "one INSERT": partial(_insert, unit, commits=peer.commits),
+    }
+    _repeat(works[kind], WARM_UP)
+    return works[kind]
+
+
+def _fill(peer: Peer) -> None:
+    with peer.unit() as session:
+        fill(session, commit=not peer.commits)
+
+
+def _empty(unit: Unit) -> None:
+    with unit():
+        pass
+
+
+def _select(unit: Unit) -> None:
+    with unit() as session:
+        session.scalars(FIRST).one()
+
+
+def _insert(unit: Unit, *, commits: bool) -> None:
+    with unit() as session:
+        session.add(Item(name="inserted"))
+        if not commits:
+            session.commit()
+
+
+def _repeat(work: Callable[[], None], times: int) -> None:
+    for _ in range(times):
+        work()
+
+
+def _count(variant: str) -> None:
+    """Run what callgrind counts: the units of each kind between two marks."""
+    for kind in KINDS:
+        if _has(variant, kind):
+            work = _work(variant, kind)
+            gc.collect()
+            os.getppid()
+            _repeat(work, UNITS)
+            os.getppid()
+
+
+if __name__ == "__main__":
+    _count(sys.argv[1])

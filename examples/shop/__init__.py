@@ -1,0 +1,1 @@
+"""The shop: the session-per-request pattern as a whole application."""

@@ -1,0 +1,190 @@
+"""Verified commit: COMMIT is sent only if the database can still carry it out.
+
+PostgreSQL answers COMMIT with ROLLBACK, and no error, once a statement of the
+transaction has failed; SQLite rolls back by itself when the disk is full or at
+ON CONFLICT ROLLBACK. A program that swallowed the error would believe that it has
+committed. An error alone proves nothing (a savepoint may have been rolled back),
+so the driver is asked: it knows the state of the transaction without a round trip.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from sqlalchemy import Connection, Engine, RootTransaction, event
+from sqlalchemy.engine.interfaces import ExceptionContext
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.pool import ConnectionPoolEntry
+
+from sessionscope import _sqlite
+from sessionscope._guards import UNIT, Scope, describe
+from sessionscope.exc import CommitUnknown, DatabaseUnavailable, TransactionDoomed
+
+_SUSPECT = "sessionscope.suspect"
+_COMMITTING = "sessionscope.committing"
+
+# libpq's PQTRANS_INERROR: only a ROLLBACK can follow.
+_PQTRANS_INERROR = 3
+
+# Tells whether COMMIT on this connection would not commit.
+_IsDoomed = Callable[[Connection], bool]
+# What failed earlier: the transaction it failed in, the statement, the error.
+_Suspect = tuple[RootTransaction | None, str | None, BaseException]
+
+
+def verify_commits(engine: Engine, database: str) -> None:
+    """Make COMMIT on *engine* raise TransactionDoomed where it would not commit."""
+    is_doomed = _IS_DOOMED.get((engine.dialect.name, engine.dialect.driver))
+
+    def committing(connection: Connection) -> None:
+        if is_doomed is not None and is_doomed(connection):
+            error = _doomed(connection)
+            # Raising alone would give the open transaction back to the pool.
+            engine.dialect.do_rollback(connection.connection)
+            raise error
+        connection.connection.info[_COMMITTING] = True
+
+    def rolling_back(connection: Connection) -> None:
+        if not connection.invalidated:
+            connection.connection.info.pop(_COMMITTING, None)
+
+    def failed(context: ExceptionContext) -> BaseException | None:
+        if context.connection is None:
+            return _unavailable(context, database)
+        return _note_failure(context, is_doomed, database)
+
+    def returned(dbapi_connection: object, record: ConnectionPoolEntry) -> None:
+        for key in (_SUSPECT, _COMMITTING, UNIT):
+            record.info.pop(key, None)
+
+    event.listen(engine, "commit", committing)
+    event.listen(engine, "rollback", rolling_back)
+    event.listen(engine, "handle_error", failed)
+    event.listen(engine, "checkin", returned)
+
+
+def _doomed(connection: Connection) -> TransactionDoomed:
+    """Return the error for a transaction that cannot commit, with what is known of why."""
+    info = connection.connection.info
+    suspect: _Suspect | None = info.get(_SUSPECT)
+    if suspect is not None and suspect[0] is not connection.get_transaction():
+        suspect = None
+    scope: Scope | None = info.get(UNIT)
+    opened_at = f" (unit of work opened at {describe(scope.opened_at)})" if scope else ""
+    error = TransactionDoomed(
+        f"This transaction cannot commit{opened_at}: {_what_failed(suspect)} Nothing was written. "
+        "Let the error leave the unit of work, or run what may fail in a savepoint and catch the "
+        "error outside of it: with session.begin_nested(): ..."
+    )
+    if suspect is not None:
+        error.__cause__ = suspect[2]
+    return error
+
+
+def _what_failed(suspect: _Suspect | None) -> str:
+    if suspect is None:
+        return "an earlier error, or a ROLLBACK sent as text, ended it in the database."
+    _, statement, error = suspect
+    what = f" running {' '.join(statement.split())[:80]!r}" if statement else ""
+    return f"{type(error).__name__}{what} was raised earlier and swallowed."
+
+
+def _note_failure(
+    context: ExceptionContext, is_doomed: _IsDoomed | None, database: str
+) -> BaseException | None:
+    """Remember a statement's failure as a suspicion; say what a COMMIT's failure means."""
+    connection = context.connection
+    assert connection is not None
+    error = context.sqlalchemy_exception or context.original_exception
+    if connection.closed or connection.invalidated:
+        return None
+    info = connection.connection.info
+    if context.statement is None and info.pop(_COMMITTING, False) and context.is_disconnect:
+        return CommitUnknown(
+            f"The connection to {database} was lost during COMMIT: the database may have "
+            "committed, or not. Look before you try again"
+        )
+    transaction = connection.get_transaction()
+    assert transaction is None or isinstance(transaction, RootTransaction)
+    info[_SUSPECT] = (transaction, context.statement, error)
+    if connection.dialect.name == "sqlite":
+        if is_doomed is not None and is_doomed(connection):
+            _refuse_further_statements(connection, transaction)
+        return _unwritable(context)
+    return None
+
+
+def _refuse_further_statements(connection: Connection, lost: RootTransaction | None) -> None:
+    """Refuse what would now run outside of the transaction and be written at once."""
+
+    def refuse(connection: Connection, *_: object) -> None:
+        if connection.get_transaction() is lost:
+            raise _doomed(connection)
+
+    event.listen(connection, "before_cursor_execute", refuse)
+
+
+def _unavailable(context: ExceptionContext, database: str) -> BaseException | None:
+    if not isinstance(context.sqlalchemy_exception, (OperationalError, InterfaceError)):
+        return None
+    orig = context.original_exception
+    text = " ".join(str(orig).split())  # libpq breaks its messages into lines
+    mend = next((mend for part, mend in _MENDS.items() if part in text), None)
+    if mend is None or text.endswith("?"):  # libpq asks its own question
+        return DatabaseUnavailable(f"No connection to {database}: {text}", orig)
+    return DatabaseUnavailable(f"No connection to {database}: {text}. {mend}", orig)
+
+
+_MENDS = {
+    "password authentication failed": "Check the user and the password in the database URL.",
+    "no password supplied": "Put the password into the database URL.",
+    "does not exist": "Create it, or correct its name in the database URL.",
+    "Connection refused": "Is the server running, and are host and port right?",
+    "resolve host": "Check the name of the host in the database URL.",
+    "Name or service not known": "Check the name of the host in the database URL.",
+    "too many": "Lower pool_size + max_overflow times the number of processes, or raise the "
+    "server's limit.",
+    "remaining connection slots": "Lower pool_size + max_overflow times the number of processes, "
+    "or raise the server's max_connections.",
+    "unable to open database file": "Check that the folder exists and may be written to.",
+}
+
+
+def _unwritable(context: ExceptionContext) -> BaseException | None:
+    """Name the mend when a database file turns out not to be writable."""
+    orig = context.original_exception
+    if "readonly database" not in str(orig) or not isinstance(
+        context.sqlalchemy_exception, DBAPIError
+    ):
+        return None
+    assert context.connection is not None
+    query_only = context.connection.connection.cursor().execute("PRAGMA query_only").fetchone()
+    if query_only and query_only[0]:  # the database refuses for us: a read-only unit
+        return None
+    return DatabaseUnavailable(
+        f"The database file cannot be written ({orig}): check the permissions of the file and of "
+        "its folder, or open the unit with begin(read_only=True)",
+        orig,
+    )
+
+
+def _psycopg_is_doomed(connection: Connection) -> bool:
+    driver_connection: Any = connection.connection.driver_connection
+    return bool(driver_connection.pgconn.transaction_status == _PQTRANS_INERROR)
+
+
+def _psycopg2_is_doomed(connection: Connection) -> bool:
+    driver_connection: Any = connection.connection.driver_connection
+    return bool(driver_connection.info.transaction_status == _PQTRANS_INERROR)
+
+
+def _sqlite_is_doomed(connection: Connection) -> bool:
+    proxied = connection.connection
+    driver_connection: Any = proxied.driver_connection
+    return _sqlite.BEGAN in proxied.info and not driver_connection.in_transaction
+
+
+_IS_DOOMED: dict[tuple[str, str], _IsDoomed] = {
+    ("postgresql", "psycopg"): _psycopg_is_doomed,
+    ("postgresql", "psycopg2"): _psycopg2_is_doomed,
+    ("sqlite", "pysqlite"): _sqlite_is_doomed,
+}

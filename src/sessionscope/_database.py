@@ -1,0 +1,248 @@
+"""Database: one pair of engines, one sessionmaker, and the units of work made from them."""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from time import monotonic
+from types import MappingProxyType, TracebackType
+from typing import Any, Concatenate, Generic, ParamSpec, Protocol, Self, TypeVar, overload
+
+from sqlalchemy import URL, Engine
+from sqlalchemy.orm import Session, sessionmaker
+
+from sessionscope._entry import entry_point, finished, place_of
+from sessionscope._guards import caller
+from sessionscope._options import Options, read_url, url_from_env
+from sessionscope._unit import SessionT, Source, Unit
+from sessionscope.events import Stats
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+_Owner = TypeVar("_Owner")
+_Session_co = TypeVar("_Session_co", bound=Session, covariant=True)
+
+_NONE: Mapping[str, Any] = MappingProxyType({})
+
+
+class _WithSession(Protocol[_Session_co]):
+    """What ``with_session()`` returns: a decorator that takes the session parameter away."""
+
+    @overload
+    def __call__(self, fn: Callable[Concatenate[_Session_co, _P], _R], /) -> Callable[_P, _R]: ...
+
+    @overload
+    def __call__(
+        self, fn: Callable[Concatenate[_Owner, _Session_co, _P], _R], /
+    ) -> Callable[Concatenate[_Owner, _P], _R]: ...
+
+
+class Database(Generic[SessionT]):
+    """One database: its engines, its sessionmaker, and units of work on it.
+
+    Make one per process, at import time; nothing is connected before the first
+    use. ``postgresql://`` means psycopg 3.
+
+    *pool_size* and *max_overflow* bound the open connections, over the writing
+    and the read-only engine together, and with them the units of work that run
+    at once. *pool_timeout* is how many seconds a unit waits for its turn before
+    PoolBusy is raised, *max_waiting* how many units may wait (``None``: any
+    number, for that time). *isolation_level* is one of SQLAlchemy's names.
+    *engine_options* and *session_options* go to ``create_engine()`` and to
+    ``sessionmaker()``. Raises ConfigurationError.
+    """
+
+    def __init__(
+        self,
+        url: str | URL,
+        *,
+        pool_size: int = 5,
+        max_overflow: int = 10,
+        pool_timeout: float = 5.0,
+        max_waiting: int | None = None,
+        isolation_level: str | None = None,
+        session_class: type[SessionT] = Session,  # type: ignore[assignment]  # a TypeVar's default
+        engine_options: Mapping[str, Any] | None = None,
+        session_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        options = Options(
+            read_url(url),
+            pool_size=pool_size,
+            max_overflow=max_overflow,
+            pool_timeout=pool_timeout,
+            max_waiting=max_waiting,
+            isolation_level=isolation_level,
+            session_class=session_class,
+            engine_options=engine_options or _NONE,
+            session_options=session_options or _NONE,
+        )
+        self._source = Source(
+            options, session_class, f"{type(self).__name__}({options.safe_url!r})"
+        )
+
+    @classmethod
+    def from_env(
+        cls, variable: str = "DATABASE_URL", *, default: str | URL | None = None, **options: Any
+    ) -> Self:
+        """Return a Database for the URL in an environment variable.
+
+        *options* are those of ``Database()``. Raises ConfigurationError if the
+        variable is not set and there is no *default*.
+        """
+        return cls(url_from_env(variable, default), **options)
+
+    def __repr__(self) -> str:
+        return self._source.name
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.dispose()
+
+    @property
+    def engine(self) -> Engine:
+        """The plain Engine of writing units."""
+        return self._source.engines.write
+
+    @property
+    def read_engine(self) -> Engine:
+        """The plain Engine of read-only units, in autocommit mode.
+
+        Connection-level listeners of your own must be put on both engines.
+        """
+        return self._source.engines.read
+
+    @property
+    def sessionmaker(self) -> sessionmaker[SessionT]:
+        """The plain sessionmaker. Its sessions are yours to commit and close."""
+        return self._source.sessionmaker
+
+    def begin(
+        self, *, read_only: bool = False, isolation_level: str | None = None
+    ) -> AbstractContextManager[SessionT]:
+        """Open a unit of work: commit at the end of the block, roll back on any exception.
+
+        A writing unit waits for three round trips plus one per statement after the
+        first; a *read_only* one for one per SELECT. *isolation_level* is for this
+        unit; on a read-only one ``"REPEATABLE READ"`` gives a snapshot, which needs
+        a real transaction. Raises PoolBusy, NestedUnit, DatabaseUnavailable, and at
+        the end what commit raises: TransactionDoomed, CommitUnknown.
+        """
+        return Unit(
+            self,
+            read_only=read_only,
+            isolation_level=isolation_level,
+            opened_at=caller(1),
+        )
+
+    def run(
+        self, fn: Callable[Concatenate[SessionT, _P], _R], /, *args: _P.args, **kwargs: _P.kwargs
+    ) -> _R:
+        """Return ``fn(session, *args, **kwargs)``, run as one unit of work."""
+        return self._run(fn, args, kwargs)
+
+    def with_session(
+        self, *, read_only: bool = False, isolation_level: str | None = None
+    ) -> _WithSession[SessionT]:
+        """Make ``fn(session, ...)`` an entry point ``fn(...)`` that is one unit of work.
+
+        For what is called from outside: a view, a task, a command, a job. The session
+        is the first parameter, or the one after ``self``, and is not part of the
+        result's signature. Functions that are called by such ones receive their
+        session and are not decorated. Raises ConfigurationError for functions whose
+        work would be done after they return (``async def``, generators).
+        """
+
+        def run(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return self._run(fn, args, kwargs, read_only=read_only, isolation_level=isolation_level)
+
+        def decorate(fn: Callable[..., Any], /) -> Callable[..., Any]:
+            return entry_point(fn, run)
+
+        return decorate
+
+    def ping(self) -> None:
+        """Make one round trip to the database, as a unit of work.
+
+        Raises DatabaseUnavailable, PoolBusy.
+        """
+        with Unit(self, read_only=True) as session:
+            connection = session.connection()
+            proxied = connection.connection
+            assert proxied.dbapi_connection is not None
+            connection.dialect.do_ping(proxied.dbapi_connection)
+
+    def stats(self) -> Stats:
+        """Return what the Database is doing now and has done so far. Costs no I/O."""
+        gates = self._source.gates
+        limits = [gate.limit for gate in gates if gate.limit is not None]
+        return Stats(
+            limit=sum(limits) if limits else None,
+            in_use=sum(gate.in_use for gate in gates),
+            idle=self._source.engines.idle,
+            waiting=sum(gate.waiting for gate in gates),
+            begun=sum(gate.begun for gate in gates),
+            committed=sum(gate.committed for gate in gates),
+            rolled_back=sum(gate.rolled_back for gate in gates),
+            refused=sum(gate.refused for gate in gates),
+            longest_wait=max(gate.longest_wait for gate in gates),
+            longest_use=max(gate.longest_use for gate in gates),
+        )
+
+    def limit_waiting_threads(self, threads: Callable[[], int | None]) -> None:
+        """For integrations: keep a framework's bounded thread pool from filling with waiters.
+
+        *threads* returns the size of the pool that the current thread belongs to, or
+        ``None``. Those of its threads that the holders of connections may need do not
+        wait in ``begin()``: they get PoolBusy at once. Databases that are given the
+        same callable share the pool.
+        """
+        for gate in self._source.gates:
+            gate.limit_waiting_threads(threads)
+
+    def drain(self, timeout: float) -> bool:
+        """Refuse new units, wait at most *timeout* seconds for those at work to end.
+
+        Returns whether all have ended; if so, their connections are closed. Afterwards
+        units are admitted again, as after ``Engine.dispose()``.
+        """
+        gates = self._source.gates
+        deadline = monotonic() + timeout
+        for gate in gates:
+            gate.start_draining()
+        try:
+            ended = all(gate.wait_until_empty(deadline - monotonic()) for gate in gates)
+            # What is in use would outlive its pool; one in memory is the data.
+            if ended and not self._source.options.is_memory:
+                self.dispose()
+        finally:
+            for gate in gates:
+                gate.stop_draining()
+        return ended
+
+    def dispose(self) -> None:
+        """Close the connections that are not in use; later units open new ones."""
+        self._source.engines.dispose()
+
+    def _run(
+        self,
+        fn: Callable[..., _R],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        read_only: bool = False,
+        isolation_level: str | None = None,
+    ) -> _R:
+        unit = Unit(
+            self,
+            read_only=read_only,
+            isolation_level=isolation_level,
+            opened_at=place_of(fn),
+        )
+        with unit as session:
+            result: _R = finished(fn(session, *args, **kwargs), fn)
+            return result

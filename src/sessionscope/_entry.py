@@ -1,0 +1,99 @@
+"""Entry points: functions that are called without a session and own a unit of work."""
+
+import inspect
+from collections.abc import Callable
+from types import CoroutineType
+from typing import Any
+
+from sessionscope._guards import Place
+from sessionscope.exc import ConfigurationError
+
+# Runs fn, which awaits a session as its first argument, as one unit of work.
+Runner = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+
+
+def entry_point(fn: Callable[..., Any], run: Runner) -> Callable[..., Any]:
+    """Return *fn* as a callable without its session parameter.
+
+    The parameter is the first one, or the one after ``self`` or ``cls``. It is
+    also missing from the signature that the result shows, which is what
+    frameworks read, so there is no ``__wrapped__`` to find it through.
+    """
+    signature = _evaluated_signature(fn)
+    parameters = list(signature.parameters.values())
+    is_method = bool(parameters) and parameters[0].name in ("self", "cls")
+    position = 1 if is_method else 0
+    _check(fn, parameters, position)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return run(fn, args, kwargs)
+
+    def call_method(owner: Any, /, *args: Any, **kwargs: Any) -> Any:
+        return run(fn.__get__(owner), args, kwargs)
+
+    wrapper = call_method if is_method else call
+    session = parameters.pop(position)
+    for name in ("__module__", "__name__", "__qualname__", "__doc__"):
+        setattr(wrapper, name, getattr(fn, name, None))
+    wrapper.__annotations__ = {
+        name: value
+        for name, value in getattr(fn, "__annotations__", {}).items()
+        if name != session.name
+    }
+    wrapper.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return wrapper
+
+
+def finished(result: Any, fn: Callable[..., Any]) -> Any:
+    """Return *result*, unless it is a coroutine, which has not done its work yet."""
+    if isinstance(result, CoroutineType):
+        result.close()
+        raise ConfigurationError(
+            f"{_name(fn)} is an `async def` function and a Database is synchronous: its queries "
+            "would block the event loop. Write it with `def`"
+        )
+    return result
+
+
+def place_of(fn: Callable[..., Any]) -> Place | None:
+    """Return where *fn* is defined, for errors to name."""
+    code = getattr(fn, "__code__", None)
+    return (code, code.co_firstlineno) if code is not None else None
+
+
+def _check(fn: Callable[..., Any], parameters: list[inspect.Parameter], position: int) -> None:
+    if inspect.iscoroutinefunction(fn) or inspect.isasyncgenfunction(fn):
+        raise ConfigurationError(
+            f"with_session() of a Database cannot wrap {_name(fn)}, an `async def` function: its "
+            "queries would block the event loop. Write it with `def`; async frameworks run such "
+            "functions in a thread"
+        )
+    if inspect.isgeneratorfunction(fn):
+        raise ConfigurationError(
+            f"with_session() cannot wrap {_name(fn)}, a generator function: its body runs after "
+            "the unit of work has ended. Return a list, or open the unit inside: "
+            "with database.begin() as session: ..."
+        )
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    if len(parameters) <= position or parameters[position].kind not in positional:
+        raise ConfigurationError(
+            f"with_session() passes the session as the first argument, and {_name(fn)} takes "
+            f"none: write def {getattr(fn, '__name__', 'fn')}(session, ...)"
+        )
+
+
+def _evaluated_signature(fn: Callable[..., Any]) -> inspect.Signature:
+    if not callable(fn):
+        raise ConfigurationError(
+            f"with_session() decorates functions, not {type(fn).__name__}: write "
+            "@database.with_session() directly above `def`, below @classmethod"
+        )
+    try:
+        # Frameworks evaluate annotations in the wrapper's module, which is this one.
+        return inspect.signature(fn, eval_str=True)
+    except NameError:
+        return inspect.signature(fn)
+
+
+def _name(fn: Callable[..., Any]) -> str:
+    return f"{getattr(fn, '__qualname__', repr(fn))}()"

@@ -1,0 +1,161 @@
+"""after_commit and after_rollback: work that waits for the outcome of a transaction.
+
+SQLAlchemy's own ``after_commit`` event also fires when a savepoint is released,
+whose rows may still be rolled back, and fires while the connection is in use. Here
+the event only marks; ``after_transaction_end`` decides. The listeners are put on
+the one session that asks for a hook, so that a unit of work without hooks pays
+nothing for them.
+"""
+
+import logging
+from collections.abc import Callable
+from functools import partial
+from typing import ParamSpec
+
+from sqlalchemy import Connection, event
+from sqlalchemy.orm import Session, SessionTransaction
+
+from sessionscope._guards import UNIT
+
+_P = ParamSpec("_P")
+_HOOKS = "sessionscope.hooks"
+_log = logging.getLogger("sessionscope")
+
+
+def after_commit(
+    session: Session, fn: Callable[_P, object], /, *args: _P.args, **kwargs: _P.kwargs
+) -> None:
+    """Call ``fn(*args, **kwargs)`` once what *session* has done so far is committed.
+
+    It is called once, after the unit of work has ended and its connection is back
+    in the pool, in the order of registration, and never if the transaction, or
+    the savepoint in which it was registered, is rolled back. What it raises is
+    logged: a commit that has happened cannot fail any more.
+
+    A session that no Database opened calls it when its transaction has ended. If
+    such a session has joined an outer transaction that only others can commit
+    (``join_transaction_mode="rollback_only"``), it is not called, and a warning
+    is logged.
+    """
+    _hooks(session).add(session, partial(fn, *args, **kwargs), on_commit=True)
+
+
+def after_rollback(
+    session: Session, fn: Callable[_P, object], /, *args: _P.args, **kwargs: _P.kwargs
+) -> None:
+    """Call ``fn(*args, **kwargs)`` once what *session* has done so far is rolled back.
+
+    The counterpart of :func:`after_commit`: called once, after the unit of work has
+    ended, when the transaction or the savepoint in which it was registered was
+    rolled back, or the commit failed.
+    """
+    _hooks(session).add(session, partial(fn, *args, **kwargs), on_commit=False)
+
+
+def has_hooks(session: Session) -> bool:
+    """Return whether anything waits for the outcome of *session*."""
+    return _HOOKS in session.info
+
+
+def run_due(session: Session) -> None:
+    """Run what is due for a session whose unit of work has ended."""
+    hooks: _Hooks | None = session.info.pop(_HOOKS, None)
+    if hooks is not None:
+        hooks.settle_rest()
+        hooks.run()
+
+
+class _Hook:
+    """One callable, and the savepoint it was registered in: ``None`` outside of any."""
+
+    __slots__ = ("call", "on_commit", "savepoint")
+
+    def __init__(
+        self, call: Callable[[], object], on_commit: bool, savepoint: SessionTransaction | None
+    ) -> None:
+        self.call = call
+        self.on_commit = on_commit
+        self.savepoint = savepoint
+
+
+class _Hooks:
+    """The hooks of one session: those that wait for an outcome, and those that are due."""
+
+    def __init__(self, session: Session) -> None:
+        self._waiting: list[_Hook] = []
+        self._due: list[Callable[[], object]] = []
+        self._committed: SessionTransaction | None = None
+        event.listen(session, "after_commit", self._mark)
+        event.listen(session, "after_transaction_end", self._settle)
+
+    def add(self, session: Session, call: Callable[[], object], *, on_commit: bool) -> None:
+        self._waiting.append(_Hook(call, on_commit, session.get_nested_transaction()))
+
+    def settle_rest(self) -> None:
+        """Count as rolled back what never saw a transaction begin."""
+        self._due += [hook.call for hook in self._waiting if not hook.on_commit]
+        self._waiting = []
+
+    def run(self) -> None:
+        due, self._due = self._due, []
+        for call in due:
+            try:
+                call()
+            except Exception:
+                _log.exception(
+                    "%r failed after the end of its transaction, which stands as it ended", call
+                )
+
+    def _mark(self, session: Session) -> None:
+        self._committed = session.get_nested_transaction() or session.get_transaction()
+
+    def _settle(self, session: Session, transaction: SessionTransaction) -> None:
+        """Decide about the hooks of *transaction*, which has ended."""
+        if transaction.parent is not None and not transaction.nested:
+            return  # the inner transaction of a flush
+        savepoint = transaction if transaction.nested else None
+        committed = self._committed is transaction
+        waiting, self._waiting = self._waiting, []
+        for hook in waiting:
+            if hook.savepoint is not savepoint:
+                self._waiting.append(hook)
+            elif committed and savepoint is not None:
+                hook.savepoint = _enclosing_savepoint(savepoint)
+                self._waiting.append(hook)
+            elif hook.on_commit is committed and not (committed and _commits_nothing(session)):
+                self._due.append(hook.call)
+        if savepoint is None and UNIT not in session.info:
+            self.run()
+
+
+def _hooks(session: Session) -> _Hooks:
+    hooks: _Hooks | None = session.info.get(_HOOKS)
+    if hooks is None:
+        hooks = session.info[_HOOKS] = _Hooks(session)
+    return hooks
+
+
+def _enclosing_savepoint(savepoint: SessionTransaction) -> SessionTransaction | None:
+    parent = savepoint.parent
+    while parent is not None and not parent.nested:
+        parent = parent.parent
+    return parent
+
+
+def _commits_nothing(session: Session) -> bool:
+    """Return whether the session's commit left the outer transaction that it joined open."""
+    bind = session.bind
+    if not isinstance(bind, Connection) or not bind.in_transaction():
+        return False
+    mode = session.join_transaction_mode
+    pending = mode == "rollback_only" or (
+        mode == "conditional_savepoint" and not bind.in_nested_transaction()
+    )
+    if pending:
+        _log.warning(
+            "An after_commit hook was dropped: the session has joined an outer transaction with "
+            "join_transaction_mode=%r, so that its commit() commits nothing. Give the session "
+            "join_transaction_mode='create_savepoint'",
+            mode,
+        )
+    return pending

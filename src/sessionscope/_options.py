@@ -1,0 +1,207 @@
+"""Settings and URL in, engine and session options out."""
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from sqlalchemy import URL, make_url
+from sqlalchemy import exc as sa_exc
+from sqlalchemy.engine.interfaces import Dialect
+from sqlalchemy.orm import Session
+from sqlalchemy.pool import NullPool, QueuePool
+
+from sessionscope.exc import ConfigurationError
+
+# SQLAlchemy's names; each database takes those it knows.
+ISOLATION_LEVELS = (
+    "AUTOCOMMIT",
+    "READ COMMITTED",
+    "READ UNCOMMITTED",
+    "REPEATABLE READ",
+    "SERIALIZABLE",
+)
+
+_EXAMPLE = "postgresql+psycopg://user:password@host/dbname or sqlite:///file.db"
+
+_INSTALL = {
+    "psycopg": 'pip install "sessionscope[postgresql]"',
+    "pymysql": 'pip install "sessionscope[mysql]"',
+    "psycopg2": "pip install psycopg2-binary",
+    "MySQLdb": 'pip install mysqlclient, or write "mysql+pymysql://"',
+}
+
+# What Database takes by name, so that it is never given twice.
+_OWN_ENGINE_OPTIONS = ("pool_size", "max_overflow", "pool_timeout", "isolation_level")
+_OWN_SESSION_OPTIONS = {
+    "bind": "the Database binds its sessions itself",
+    "class_": "write Database(..., session_class=...)",
+    "close_resets_only": "a session that was closed stays closed here",
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a Database was asked for, checked."""
+
+    url: URL
+    pool_size: int
+    max_overflow: int
+    pool_timeout: float
+    max_waiting: int | None
+    isolation_level: str | None
+    session_class: type[Session]
+    engine_options: Mapping[str, Any] = field(repr=False)
+    session_options: Mapping[str, Any] = field(repr=False)
+
+    def __post_init__(self) -> None:
+        _check_number("pool_size", self.pool_size, at_least=0)
+        _check_number("max_overflow", self.max_overflow, at_least=-1)
+        _check_number("pool_timeout", self.pool_timeout, at_least=0, integer=False)
+        if self.max_waiting is not None:
+            _check_number("max_waiting", self.max_waiting, at_least=0)
+        session_class = cast(object, self.session_class)
+        if not (isinstance(session_class, type) and issubclass(session_class, Session)):
+            raise ConfigurationError(
+                f"session_class={session_class!r} is not a subclass of sqlalchemy.orm.Session"
+            )
+        check_isolation_level(self.isolation_level)
+        for name in _OWN_ENGINE_OPTIONS:
+            if name in self.engine_options:
+                raise ConfigurationError(
+                    f"engine_options has {name!r}: write Database(..., {name}=...) instead"
+                )
+        for name, mend in _OWN_SESSION_OPTIONS.items():
+            if name in self.session_options:
+                raise ConfigurationError(f"session_options has {name!r}: {mend}")
+
+    @property
+    def safe_url(self) -> str:
+        """The URL without its secrets, for messages."""
+        query = {
+            key: "***" if "password" in key.lower() or "passwd" in key.lower() else value
+            for key, value in self.url.query.items()
+        }
+        return self.url.set(query=query).render_as_string(hide_password=True)
+
+    @property
+    def is_sqlite(self) -> bool:
+        """Whether the database is SQLite, in a file or in memory."""
+        return self.url.get_backend_name() == "sqlite"
+
+    @property
+    def is_memory(self) -> bool:
+        """Whether the database is an SQLite database that lives in one connection."""
+        # The rule of SQLAlchemy's pysqlite dialect, which keeps it private.
+        return self.is_sqlite and (
+            not self.url.database
+            or self.url.database == ":memory:"
+            or self.url.query.get("mode") == "memory"
+        )
+
+    @property
+    def limit(self) -> int | None:
+        """How many connections may be open at once, ``None`` for no limit."""
+        if self.is_memory:
+            return 1
+        pool_class = self.engine_options.get("poolclass", QueuePool)
+        unlimited = issubclass(pool_class, NullPool) or not self.pool_size or self.max_overflow < 0
+        return None if unlimited else self.pool_size + self.max_overflow
+
+
+def read_url(url: str | URL) -> URL:
+    """Return *url* as a URL of a synchronous driver, or raise ConfigurationError.
+
+    ``postgresql://`` means psycopg 3 on every version of SQLAlchemy.
+    """
+    parsed = url if isinstance(url, URL) else _parse(url)
+    if parsed.drivername == "postgresql":
+        parsed = parsed.set(drivername="postgresql+psycopg")
+    if _dialect(parsed).is_async:
+        raise ConfigurationError(
+            f"{parsed.drivername!r} is an asynchronous driver, and Database is synchronous: write "
+            f"{_sync_name(parsed)!r} in its place"
+        )
+    return parsed
+
+
+def url_from_env(variable: str, default: str | URL | None) -> str | URL:
+    """Return the URL in the environment variable, else *default*."""
+    value = os.environ.get(variable, "").strip() or default
+    if value is None:
+        raise ConfigurationError(
+            f"The environment variable {variable} is not set: set it to a database URL such as "
+            f"{_EXAMPLE}, or give a default: Database.from_env({variable!r}, default=...)"
+        )
+    return value
+
+
+def check_isolation_level(level: str | None) -> None:
+    """Raise ConfigurationError if *level* is not a name that SQLAlchemy uses."""
+    if level is not None and level not in ISOLATION_LEVELS:
+        raise ConfigurationError(
+            f"isolation_level={level!r} is unknown: write one of {', '.join(ISOLATION_LEVELS)}"
+        )
+
+
+def missing_driver(url: URL, error: ImportError) -> ConfigurationError:
+    """Return the error that names what to install for *url*."""
+    module = error.name or str(error)
+    mend = _INSTALL.get(module, f"pip install {module}")
+    return ConfigurationError(
+        f"The driver of {url.drivername!r} is not installed (no module {module!r}): {mend}"
+    )
+
+
+def _parse(url: object) -> URL:
+    if not isinstance(url, str):
+        raise ConfigurationError(
+            f"A database URL must be a string or a sqlalchemy.URL, not {type(url).__name__}: "
+            f"write {_EXAMPLE}"
+        )
+    scheme = url.partition(":")[0]
+    if scheme in ("postgres", "postgres+psycopg"):
+        raise ConfigurationError(
+            "The URL begins with 'postgres://', which SQLAlchemy does not know: "
+            "write 'postgresql://' in its place"
+        )
+    try:
+        return make_url(url)
+    except (sa_exc.ArgumentError, ValueError):
+        # The text is not repeated, nor its cause shown: it may hold a password.
+        raise ConfigurationError(
+            f"The database URL does not parse (it has {len(url)} characters): write {_EXAMPLE}. "
+            "Special characters in a password must be escaped with urllib.parse.quote_plus(), "
+            "and a port must be a number"
+        ) from None
+
+
+def _dialect(url: URL) -> type[Dialect]:
+    try:
+        return url.get_dialect()
+    except sa_exc.NoSuchModuleError:
+        raise ConfigurationError(
+            f"The database or driver {url.drivername!r} is not known to SQLAlchemy: "
+            f"write {_EXAMPLE}, or install the package that provides it"
+        ) from None
+    except ImportError as error:
+        raise missing_driver(url, error) from error
+
+
+def _sync_name(url: URL) -> str:
+    backend = url.get_backend_name()
+    drivers = {"postgresql": "+psycopg", "mysql": "+pymysql", "mariadb": "+pymysql"}
+    return f"{backend}{drivers.get(backend, '')}://"
+
+
+def _check_number(name: str, value: object, *, at_least: int, integer: bool = True) -> None:
+    numbers = int if integer else (int, float)
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, numbers)
+        or not math.isfinite(value)
+        or value < at_least
+    ):
+        kind = "a whole number" if integer else "a number of seconds"
+        raise ConfigurationError(f"{name}={value!r} must be {kind}, {at_least} or more")

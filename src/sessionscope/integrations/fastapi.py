@@ -1,0 +1,253 @@
+"""FastAPI: a session per request, committed before the response is sent.
+
+A dependency with ``scope="function"`` ends after the response was serialized and
+before it is sent: an exception, even one that a handler answers, rolls back; a
+commit that fails reaches the exception handlers instead of a 2xx; streams and
+background tasks run when the connection is back in the pool.
+"""
+
+import asyncio
+import inspect
+import logging
+import math
+import threading
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, asynccontextmanager
+from contextvars import copy_context
+from dataclasses import dataclass
+from typing import Any
+
+from anyio.to_thread import current_default_thread_limiter
+from fastapi import Depends, FastAPI, Request
+from fastapi.concurrency import run_in_threadpool
+from fastapi.dependencies.models import Dependant
+from fastapi.dependencies.utils import get_dependant
+from fastapi.requests import HTTPConnection
+from fastapi.responses import JSONResponse
+
+from sessionscope import Database, Unit, exc
+
+__all__ = ["install", "session_per_request"]
+
+_UNITS = "sessionscope.units"
+_DRAIN_SECONDS = 10.0
+_log = logging.getLogger("sessionscope")
+
+# Units end in threads of their own: in the framework's pool they would queue
+# behind requests that wait for the very connections they hold. There are never
+# more of them at work than units, so the gates are the bound.
+_ending = ThreadPoolExecutor(max_workers=1000, thread_name_prefix="sessionscope-end")
+
+
+def session_per_request(database: Database[Any], *, read_only: bool = False) -> Any:
+    """Return the dependency that gives a request its session.
+
+    To be used as ``Annotated[Session, session_per_request(database)]``, on its own
+    or through other dependencies. A request has one session per database, which
+    writes if any of its dependencies asks for one that writes. A returned response
+    commits, whatever its status; to undo, raise, or call ``session.rollback()``.
+
+    Waits for a slot without a thread, up to the Database's ``pool_timeout``. With
+    several databases, all are flushed before the first one commits; there is no
+    atomicity across them.
+    """
+    return Depends(_SessionPerRequest(database, read_only), scope="function")
+
+
+def install(app: FastAPI, *databases: Database[Any]) -> None:
+    """Answer our errors, drain at shutdown, and keep threads free for those at work.
+
+    PoolBusy and DatabaseUnavailable become 503 with Retry-After, unless the app has
+    a handler of its own for them or for a SQLAlchemy error above them. At start-up
+    a database that does not answer is a warning, not a failure.
+    """
+    _add_lifespan(app, databases)
+    for error in (exc.PoolBusy, exc.DatabaseUnavailable):
+        if error not in app.exception_handlers:
+            app.add_exception_handler(error, _answer_503)
+
+
+@dataclass(frozen=True)
+class _SessionPerRequest:
+    """The dependency's callable; equal ones are one dependency to FastAPI."""
+
+    database: Database[Any]
+    read_only: bool
+
+    async def __call__(self, connection: HTTPConnection) -> AsyncIterator[Any]:
+        scope = connection.scope
+        if scope["type"] != "http":
+            raise exc.ConfigurationError(
+                "A websocket lives too long for one unit of work: open one per message, "
+                "with database.begin() as session: ..."
+            )
+        units: dict[Database[Any], Unit[Any]] = scope.setdefault(_UNITS, {})
+        if self.database in units:  # an outer dependency opened it and will end it
+            yield units[self.database].session
+            return
+        opened = await self._open(scope)
+        units.update(opened)
+        try:
+            yield units[self.database].session
+        except BaseException:
+            await _end(list(opened.values()), _roll_back)
+            raise
+        else:
+            await _end(list(opened.values()), _commit)
+        finally:
+            for database in opened:
+                del units[database]
+
+    async def _open(self, scope: Mapping[str, Any]) -> dict[Database[Any], Unit[Any]]:
+        """Admit the units that the route wants, in an order that is the same for all routes."""
+        wanted = {self.database: self.read_only}
+        for dependency in _dependencies_of(scope):
+            if dependency.database not in scope[_UNITS]:
+                writes = not (wanted.get(dependency.database, True) and dependency.read_only)
+                wanted[dependency.database] = not writes
+        opened: dict[Database[Any], Unit[Any]] = {}
+        code = getattr(scope.get("endpoint"), "__code__", None)
+        opened_at = (code, code.co_firstlineno) if code is not None else None
+        try:
+            for database in sorted(wanted, key=id):
+                unit = Unit(database, read_only=wanted[database], opened_at=opened_at)
+                await unit.admit_async()
+                opened[database] = unit
+        except BaseException:
+            for unit in opened.values():
+                unit.close()
+            raise
+        return opened
+
+
+def _dependencies_of(scope: Mapping[str, Any]) -> Iterator[_SessionPerRequest]:
+    """Yield the session dependencies of the request's route, as overridden by the app."""
+    # The dependencies that include_router() adds are known to this context only.
+    included = scope.get("fastapi", {}).get("effective_route_context")
+    dependant = getattr(included, "dependant", None) or getattr(
+        scope.get("route"), "dependant", None
+    )
+    if dependant is not None:
+        yield from _walk(dependant, getattr(scope.get("app"), "dependency_overrides", {}))
+
+
+def _walk(
+    dependant: Dependant, overrides: Mapping[Callable[..., Any], Callable[..., Any]]
+) -> Iterator[_SessionPerRequest]:
+    for inner in dependant.dependencies:
+        call = inner.call
+        if call is not None and overrides and call in overrides:
+            yield from _walk_call(overrides[call], inner.path or "", overrides)
+        elif isinstance(call, _SessionPerRequest):
+            yield call
+        elif inner.dependencies:
+            yield from _walk(inner, overrides)
+
+
+def _walk_call(
+    call: Callable[..., Any], path: str, overrides: Mapping[Callable[..., Any], Callable[..., Any]]
+) -> Iterator[_SessionPerRequest]:
+    if isinstance(call, _SessionPerRequest):
+        yield call
+    else:
+        yield from _walk(get_dependant(path=path, call=call), overrides)
+
+
+async def _end(units: Sequence[Unit[Any]], end: Callable[[Sequence[Unit[Any]]], None]) -> None:
+    """End the units, in a thread if that may wait for a database."""
+    if not any(unit.needs_io for unit in units):
+        end(units)
+        return
+    # Submitted before the first await: a cancellation cannot prevent it.
+    loop = asyncio.get_running_loop()
+    context = copy_context()
+    await asyncio.shield(loop.run_in_executor(_ending, lambda: context.run(end, units)))
+
+
+def _commit(units: Sequence[Unit[Any]]) -> None:
+    with _closing(units):
+        try:
+            if len(units) > 1:
+                for unit in units:
+                    unit.session.flush()
+            for unit in units:
+                unit.commit()
+        except BaseException:
+            for unit in units:
+                unit.rollback()
+            raise
+
+
+def _roll_back(units: Sequence[Unit[Any]]) -> None:
+    with _closing(units):
+        for unit in units:
+            unit.rollback()
+
+
+def _closing(units: Sequence[Unit[Any]]) -> ExitStack:
+    stack = ExitStack()
+    for unit in reversed(units):
+        stack.callback(unit.close)
+    return stack
+
+
+def _add_lifespan(app: FastAPI, databases: Sequence[Database[Any]]) -> None:
+    inner = app.router.lifespan_context
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncGenerator[Any]:
+        limiter = current_default_thread_limiter()
+
+        def pooled_threads() -> int | None:
+            if threading.current_thread().name != "AnyIO worker thread":
+                return None
+            return int(min(limiter.total_tokens, 1_000_000))  # it may be infinite
+
+        for database in databases:
+            database.limit_waiting_threads(pooled_threads)
+            await asyncio.to_thread(_warn_if_unavailable, database)
+        try:
+            async with inner(app) as state:
+                yield state
+        finally:
+            for database in databases:
+                await asyncio.to_thread(database.drain, _DRAIN_SECONDS)
+
+    app.router.lifespan_context = lifespan
+
+
+def _warn_if_unavailable(database: Database[Any]) -> None:
+    try:
+        database.ping()
+    except (exc.DatabaseUnavailable, exc.PoolBusy) as error:
+        _log.warning("%r does not answer at start-up: %s", database, error)
+
+
+async def _answer_503(request: Request, error: Exception) -> Any:
+    handler = _handler_of_the_app(request, error)
+    if handler is not None:
+        if inspect.iscoroutinefunction(handler):
+            return await handler(request, error)
+        return await run_in_threadpool(handler, request, error)
+    _log.info("%s %s was answered 503: %s", request.method, request.url.path, error)
+    busy = isinstance(error, exc.PoolBusy)
+    return JSONResponse(
+        {
+            "detail": "The database is busy." if busy else "The database cannot be reached.",
+            "code": getattr(error, "error_code", None),
+        },
+        status_code=503,
+        headers={"Retry-After": str(math.ceil(getattr(error, "retry_after", 1.0)))},
+    )
+
+
+def _handler_of_the_app(request: Request, error: Exception) -> Any:
+    """Return the app's handler for a class between the error's own and Exception."""
+    for cls in type(error).__mro__:
+        if cls is Exception:
+            return None
+        handler = request.app.exception_handlers.get(cls)
+        if handler is not None and handler is not _answer_503:
+            return handler
+    return None

@@ -1,0 +1,5 @@
+"""What the tests of an application need; nothing here imports a test framework."""
+
+from sessionscope.testing._postgres import PostgresServer
+
+__all__ = ["PostgresServer"]

@@ -1,0 +1,219 @@
+"""Both engines: one bound over their connections, dead ones replaced, no ping per checkout."""
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from sqlalchemy import event, select, text
+from sqlalchemy import exc as sa_exc
+from sqlalchemy.pool import NullPool
+
+from sessionscope import Database, _pool
+from sessionscope.testing import PostgresServer
+from tests.models import Item, create_tables
+
+BACKENDS = text(
+    "SELECT count(*) FROM pg_stat_activity "
+    "WHERE datname = current_database() AND pid <> pg_backend_pid()"
+)
+
+
+@pytest.fixture
+def small(postgres_url: str) -> Iterator[Database]:
+    """A Database with room for two connections."""
+    with Database(postgres_url, pool_size=2, max_overflow=0, pool_timeout=0.2) as database:
+        yield create_tables(database)
+
+
+def backends(observer: Database) -> int:
+    with observer.read_engine.connect() as connection:
+        return int(connection.scalar(BACKENDS) or 0)
+
+
+def test_nothing_is_connected_before_the_first_statement(postgres_url: str) -> None:
+    with Database(postgres_url) as database:
+        with database.begin():
+            assert database.stats().idle == 0
+        assert database.stats().idle == 0
+
+
+def test_both_engines_together_keep_the_bound(postgres_url: str) -> None:
+    """At the bound, an idle connection of the other engine makes room."""
+    with (
+        Database(postgres_url) as observer,
+        Database(postgres_url, pool_size=3, max_overflow=1) as database,
+    ):
+        before = backends(observer)
+        most = 0
+        for round_ in range(6):
+            barrier = threading.Barrier(5)
+
+            def work(read_only: bool, barrier: threading.Barrier = barrier) -> None:
+                with database.begin(read_only=read_only) as session:
+                    session.execute(text("SELECT 1"))
+                    barrier.wait(10)
+                    barrier.wait(10)
+
+            with ThreadPoolExecutor(4) as threads:
+                futures = [threads.submit(work, round_ % 2 == 0) for _ in range(4)]
+                barrier.wait(10)
+                most = max(most, backends(observer) - before)
+                barrier.wait(10)
+                for future in futures:
+                    future.result(10)
+        assert most == 4
+        assert backends(observer) - before <= 4
+
+
+def test_a_plain_connection_waits_for_the_bound_and_gets_a_clear_error(small: Database) -> None:
+    """Users of .engine share the bound; they are not admitted, they wait in the pool."""
+    with small.engine.connect(), small.engine.connect():
+        with pytest.raises(sa_exc.TimeoutError, match="All 2 connections of both engines"):
+            small.read_engine.connect()
+
+
+def test_a_plain_connection_gets_the_place_that_the_other_engine_gives_back(
+    small: Database,
+) -> None:
+    first, second = small.engine.connect(), small.engine.connect()
+    waiting = threading.Event()
+    bound = small.read_engine.pool.bound  # type: ignore[attr-defined]  # the room to watch
+    original = bound.wait
+
+    def wait(timeout: float) -> bool:
+        waiting.set()
+        return bool(original(10))
+
+    bound.wait = wait
+    with ThreadPoolExecutor(1) as threads:
+        reader = threads.submit(small.read_engine.connect)
+        assert waiting.wait(10)
+        first.close()
+        connection = reader.result(10)
+        connection.close()
+    second.close()
+
+
+def test_dispose_keeps_the_bound_and_the_database_usable(small: Database) -> None:
+    for _ in range(2):
+        small.dispose()
+        with small.engine.connect(), small.read_engine.connect():
+            with pytest.raises(sa_exc.TimeoutError):
+                small.engine.connect()
+
+
+def test_a_killed_connection_is_replaced_without_an_error(
+    postgres: Database, postgres_server: PostgresServer
+) -> None:
+    """The end of the connection is readable on its socket: no ping is needed to see it."""
+    pids = set()
+    for read_only in (False, True):
+        with postgres.begin(read_only=read_only) as session:
+            pids.add(session.scalar(text("SELECT pg_backend_pid()")))
+    with Database(postgres_server.url()) as other, other.begin() as session:
+        for pid in pids:
+            session.execute(text("SELECT pg_terminate_backend(:pid, 5000)"), {"pid": pid})
+
+    for read_only in (False, True):
+        with postgres.begin(read_only=read_only) as session:
+            assert session.scalar(text("SELECT pg_backend_pid()")) not in pids
+
+
+def test_a_server_that_was_restarted_is_reconnected_to() -> None:
+    with PostgresServer() as server, Database(server.create_database()) as database:
+        with database.begin() as session:
+            session.execute(text("SELECT 1"))
+        server.restart()
+        with database.begin() as session:
+            assert session.scalar(text("SELECT 1")) == 1
+
+
+def test_no_ping_is_sent_while_a_connection_is_in_regular_use(
+    postgres: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pings = count_pings(postgres, monkeypatch)
+    for _ in range(5):
+        with postgres.begin() as session:
+            session.execute(text("SELECT 1"))
+    assert pings == []
+
+
+def test_a_connection_that_was_idle_for_long_is_pinged_once(
+    postgres: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pings = count_pings(postgres, monkeypatch)
+    with postgres.begin() as session:
+        session.execute(text("SELECT 1"))
+    monkeypatch.setattr(_pool, "PING_AFTER_IDLE", -1.0)
+    with postgres.begin() as session:
+        session.execute(text("SELECT 1"))
+    assert len(pings) == 1
+
+
+def test_a_notice_that_arrives_while_idle_does_not_cost_the_connection(
+    postgres: Database,
+) -> None:
+    """A readable socket is only suspicious: the driver reads what it holds."""
+    with postgres.begin() as session:
+        pid = session.scalar(text("SELECT pg_backend_pid()"))
+        session.execute(text("LISTEN something"))
+    with postgres.read_engine.connect() as other:
+        other.execute(text("SELECT 1"))
+    with Database(postgres.engine.url) as other_database, other_database.begin() as session:
+        session.execute(text("NOTIFY something"))
+
+    for _ in range(2):
+        with postgres.begin() as session:
+            assert session.scalar(text("SELECT pg_backend_pid()")) == pid
+
+
+def count_pings(database: Database, monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    pings: list[object] = []
+    for engine in (database.engine, database.read_engine):
+        ping = engine.dialect.do_ping
+
+        def counted(connection: object, ping: object = ping) -> bool:
+            pings.append(connection)
+            return bool(ping(connection))  # type: ignore[operator]
+
+        monkeypatch.setattr(engine.dialect, "do_ping", counted)
+    return pings
+
+
+def test_an_unlimited_pool_has_no_gate(postgres_url: str) -> None:
+    kinds: list[dict[str, Any]] = [
+        {"max_overflow": -1},
+        {"pool_size": 0},
+        {"engine_options": {"poolclass": NullPool}},
+    ]
+    for options in kinds:
+        with Database(postgres_url, pool_timeout=0, **options) as database:
+            assert database.stats().limit is None
+            with ThreadPoolExecutor(20) as threads:
+                barrier = threading.Barrier(20)
+
+                def work(
+                    database: Database = database, barrier: threading.Barrier = barrier
+                ) -> None:
+                    with database.begin() as session:
+                        session.execute(text("SELECT 1"))
+                        barrier.wait(10)
+
+                for future in [threads.submit(work) for _ in range(20)]:
+                    future.result(20)
+
+
+def test_listeners_of_the_sessionmaker_see_both_kinds_of_unit(database: Database) -> None:
+    seen = []
+
+    @event.listens_for(database.sessionmaker, "after_begin")
+    def after_begin(*_: object) -> None:
+        seen.append("begin")
+
+    for read_only in (False, True):
+        with database.begin(read_only=read_only) as session:
+            session.scalars(select(Item)).all()
+    event.remove(database.sessionmaker, "after_begin", after_begin)
+    assert seen == ["begin", "begin"]
