@@ -85,7 +85,7 @@ class Unit(Generic[SessionT]):
             check_isolation_level(isolation_level)
         if opened_at is None:
             opened_at = caller(1)
-        source = database._source
+        source = database._source  # pyright: ignore[reportPrivateUsage]  # its own half
         self._source = source
         self._scope = Scope(
             source, opened_at, read_only=read_only, autocommit=read_only and isolation_level is None
