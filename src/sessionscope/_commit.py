@@ -10,10 +10,10 @@ so the driver is asked: it knows the state of the transaction without a round tr
 from collections.abc import Callable
 from typing import Any
 
-from sqlalchemy import Connection, Engine, RootTransaction, event
+from sqlalchemy import Connection, Engine, event
 from sqlalchemy.engine.interfaces import ExceptionContext
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
-from sqlalchemy.pool import ConnectionPoolEntry
+from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
 from sessionscope import _sqlite
 from sessionscope._guards import UNIT, Scope, describe
@@ -26,26 +26,26 @@ _COMMITTING = "sessionscope.committing"
 _PQTRANS_INERROR = 3
 
 # Tells whether COMMIT on this connection would not commit.
-_IsDoomed = Callable[[Connection], bool]
-# What failed earlier: the transaction it failed in, the statement, the error.
-_Suspect = tuple[RootTransaction | None, str | None, BaseException]
+_IsDoomed = Callable[[PoolProxiedConnection], bool]
+# What failed earlier in the transaction: the statement and the error.
+_Suspect = tuple[str | None, BaseException]
 
 
 def verify_commits(engine: Engine, database: str) -> None:
     """Make COMMIT on *engine* raise TransactionDoomed where it would not commit."""
-    is_doomed = _IS_DOOMED.get((engine.dialect.name, engine.dialect.driver))
+    dialect = engine.dialect
+    is_doomed = _IS_DOOMED.get((dialect.name, dialect.driver), _is_never_doomed)
+    send_commit = dialect.do_commit
 
-    def committing(connection: Connection) -> None:
-        if is_doomed is not None and is_doomed(connection):
-            error = _doomed(connection)
+    def do_commit(proxied: PoolProxiedConnection) -> None:
+        if is_doomed(proxied):
+            error = _doomed(proxied.info)
             # Raising alone would give the open transaction back to the pool.
-            engine.dialect.do_rollback(connection.connection)
+            dialect.do_rollback(proxied)
             raise error
-        connection.connection.info[_COMMITTING] = True
-
-    def rolling_back(connection: Connection) -> None:
-        if not connection.invalidated:
-            connection.connection.info.pop(_COMMITTING, None)
+        proxied.info[_COMMITTING] = True
+        send_commit(proxied)
+        del proxied.info[_COMMITTING]
 
     def failed(context: ExceptionContext) -> BaseException | None:
         if context.connection is None:
@@ -53,21 +53,20 @@ def verify_commits(engine: Engine, database: str) -> None:
         return _note_failure(context, is_doomed, database)
 
     def returned(dbapi_connection: object, record: ConnectionPoolEntry) -> None:
-        for key in (_SUSPECT, _COMMITTING, UNIT):
-            record.info.pop(key, None)
+        info = record.info
+        info.pop(UNIT, None)
+        info.pop(_SUSPECT, None)
 
-    event.listen(engine, "commit", committing)
-    event.listen(engine, "rollback", rolling_back)
+    # Any listener on an Engine makes each Connection build a dispatcher for every
+    # event that it passes, which costs a read unit a third of its instructions.
+    dialect.do_commit = do_commit  # type: ignore[method-assign]  # as a subclass would do it
     event.listen(engine, "handle_error", failed)
     event.listen(engine, "checkin", returned)
 
 
-def _doomed(connection: Connection) -> TransactionDoomed:
+def _doomed(info: dict[Any, Any]) -> TransactionDoomed:
     """Return the error for a transaction that cannot commit, with what is known of why."""
-    info = connection.connection.info
     suspect: _Suspect | None = info.get(_SUSPECT)
-    if suspect is not None and suspect[0] is not connection.get_transaction():
-        suspect = None
     scope: Scope | None = info.get(UNIT)
     opened_at = f" (unit of work opened at {describe(scope.opened_at)})" if scope else ""
     error = TransactionDoomed(
@@ -76,20 +75,20 @@ def _doomed(connection: Connection) -> TransactionDoomed:
         "error outside of it: with session.begin_nested(): ..."
     )
     if suspect is not None:
-        error.__cause__ = suspect[2]
+        error.__cause__ = suspect[1]
     return error
 
 
 def _what_failed(suspect: _Suspect | None) -> str:
     if suspect is None:
         return "an earlier error, or a ROLLBACK sent as text, ended it in the database."
-    _, statement, error = suspect
+    statement, error = suspect
     what = f" running {' '.join(statement.split())[:80]!r}" if statement else ""
     return f"{type(error).__name__}{what} was raised earlier and swallowed."
 
 
 def _note_failure(
-    context: ExceptionContext, is_doomed: _IsDoomed | None, database: str
+    context: ExceptionContext, is_doomed: _IsDoomed, database: str
 ) -> BaseException | None:
     """Remember a statement's failure as a suspicion; say what a COMMIT's failure means."""
     connection = context.connection
@@ -103,22 +102,21 @@ def _note_failure(
             f"The connection to {database} was lost during COMMIT: the database may have "
             "committed, or not. Look before you try again"
         )
-    transaction = connection.get_transaction()
-    assert transaction is None or isinstance(transaction, RootTransaction)
-    info[_SUSPECT] = (transaction, context.statement, error)
+    info[_SUSPECT] = (context.statement, error)
     if connection.dialect.name == "sqlite":
-        if is_doomed is not None and is_doomed(connection):
-            _refuse_further_statements(connection, transaction)
+        if is_doomed(connection.connection):
+            _refuse_further_statements(connection)
         return _unwritable(context)
     return None
 
 
-def _refuse_further_statements(connection: Connection, lost: RootTransaction | None) -> None:
+def _refuse_further_statements(connection: Connection) -> None:
     """Refuse what would now run outside of the transaction and be written at once."""
+    lost = connection.get_transaction()
 
     def refuse(connection: Connection, *_: object) -> None:
         if connection.get_transaction() is lost:
-            raise _doomed(connection)
+            raise _doomed(connection.connection.info)
 
     event.listen(connection, "before_cursor_execute", refuse)
 
@@ -167,18 +165,21 @@ def _unwritable(context: ExceptionContext) -> BaseException | None:
     )
 
 
-def _psycopg_is_doomed(connection: Connection) -> bool:
-    driver_connection: Any = connection.connection.driver_connection
+def _is_never_doomed(proxied: PoolProxiedConnection) -> bool:
+    return False
+
+
+def _psycopg_is_doomed(proxied: PoolProxiedConnection) -> bool:
+    driver_connection: Any = proxied.driver_connection
     return bool(driver_connection.pgconn.transaction_status == _PQTRANS_INERROR)
 
 
-def _psycopg2_is_doomed(connection: Connection) -> bool:
-    driver_connection: Any = connection.connection.driver_connection
+def _psycopg2_is_doomed(proxied: PoolProxiedConnection) -> bool:
+    driver_connection: Any = proxied.driver_connection
     return bool(driver_connection.info.transaction_status == _PQTRANS_INERROR)
 
 
-def _sqlite_is_doomed(connection: Connection) -> bool:
-    proxied = connection.connection
+def _sqlite_is_doomed(proxied: PoolProxiedConnection) -> bool:
     driver_connection: Any = proxied.driver_connection
     return _sqlite.BEGAN in proxied.info and not driver_connection.in_transaction
 

@@ -83,7 +83,8 @@ def refuse_nested(owner: object, database: str) -> None:
 def enter(scope: Scope) -> None:
     """Make *scope* the current flow's."""
     scope.task = _current_task()
-    _held.set((*(held for held in _held.get() if not held.ended), scope))
+    held = _held.get()
+    _held.set((*(other for other in held if not other.ended), scope) if held else (scope,))
 
 
 def leave(scope: Scope) -> None:
@@ -91,7 +92,9 @@ def leave(scope: Scope) -> None:
     scope.ended = True
     scope.task = None
     held = _held.get()
-    if scope in held:
+    if held == (scope,):
+        _held.set(())
+    elif scope in held:
         _held.set(tuple(other for other in held if other is not scope))
 
 

@@ -44,13 +44,14 @@ class Engines:
 
     def __init__(self, options: Options) -> None:
         self.options = options
-        self.write: Engine = _create(options, **_write_options(options))
+        self._views: dict[tuple[bool, str], Engine] = {}
+        self.write = _create(options, **_write_options(options))
         if options.is_memory:
             # One connection is all there is: an AUTOCOMMIT view of it would show
             # readers what a writer has not committed.
-            self.read: Engine = self.write.execution_options(**_sqlite.MEMORY_READER)
             _sqlite.prepare_memory(self.write)
-            event.listen(self.read, "before_cursor_execute", _refuse_writes)
+            self.read = _sqlite.memory_reader(self.write)
+            event.listen(self.read, "before_cursor_execute", _refuse_to_write)
             return
         self.read = _create(options, **_read_options(options))
         for engine in (self.write, self.read):
@@ -66,9 +67,14 @@ class Engines:
         engine = self.read if read_only else self.write
         if isolation_level is None:
             return engine
-        if self.options.is_sqlite:
-            return engine.execution_options(**_sqlite.begin_for(isolation_level, read_only))
-        return engine.execution_options(isolation_level=isolation_level)
+        key = read_only, isolation_level
+        if key not in self._views:
+            if self.options.is_sqlite:
+                view = _sqlite.at_isolation_level(engine, isolation_level, read_only=read_only)
+            else:
+                view = engine.execution_options(isolation_level=isolation_level)
+            self._views.setdefault(key, view)
+        return self._views[key]
 
     @property
     def idle(self) -> int:
@@ -286,20 +292,25 @@ def _make_read_only(engine: Engine) -> None:
             cursor.close()
 
     event.listen(engine, "connect", connected)
-    event.listen(engine, "before_cursor_execute", _refuse_writes)
+    # Events of the dialect: one on the Engine would cost each Connection much more.
+    for name in ("do_execute", "do_executemany", "do_execute_no_params"):
+        event.listen(engine, name, _executing)
     if engine.dialect.name == "postgresql":
-        event.listen(engine, "before_cursor_execute", _begin_for_stream)
         event.listen(engine, "reset", _end_stream)
 
 
-def _refuse_writes(
-    connection: Connection,
-    cursor: Any,
-    statement: str,
-    parameters: Any,
-    context: DefaultExecutionContext,
-    executemany: bool,
-) -> None:
+def _executing(cursor: Any, statement: str, *parameters_and_context: Any) -> None:
+    context: DefaultExecutionContext = parameters_and_context[-1]
+    _refuse_writes(statement, context)
+    if context.dialect.name == "postgresql":
+        _begin_for_stream(context)
+
+
+def _refuse_to_write(connection: Connection, cursor: Any, statement: str, *rest: Any) -> None:
+    _refuse_writes(statement, rest[1])
+
+
+def _refuse_writes(statement: str, context: DefaultExecutionContext) -> None:
     if context.isinsert or context.isupdate or context.isdelete or context.isddl:
         raise ReadOnlyUnit(
             f"A read-only unit of work cannot write ({statement.split(None, 1)[0]} was refused, "
@@ -308,18 +319,11 @@ def _refuse_writes(
         )
 
 
-def _begin_for_stream(
-    connection: Connection,
-    cursor: Any,
-    statement: str,
-    parameters: Any,
-    context: DefaultExecutionContext,
-    executemany: bool,
-) -> None:
+def _begin_for_stream(context: DefaultExecutionContext) -> None:
     """Give a server-side cursor the transaction that PostgreSQL wants for it."""
     options = context.execution_options
     if options.get("stream_results") or options.get("yield_per"):
-        proxied = connection.connection
+        proxied = context.root_connection.connection
         driver_connection: Any = proxied.dbapi_connection
         if driver_connection.autocommit:
             # The driver sends BEGIN before the DECLARE; default_transaction_read_only holds.

@@ -12,30 +12,20 @@ from contextlib import suppress
 from typing import Any
 
 from sqlalchemy import Connection, Engine, event
-from sqlalchemy.exc import OperationalError
-from sqlalchemy.pool import ConnectionPoolEntry
+from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
 from sessionscope._options import Options
 
-_BEGIN = "sessionscope_begin"
-_QUERY_ONLY = "sessionscope_query_only"
-
-# Left in the connection's info while a transaction that we began should be open.
+# Keys in a connection's info: how its next transaction begins, if not as usual.
+_BEGIN = "sessionscope.begin"
+_QUERY_ONLY = "sessionscope.query_only"
+# And whether a transaction that we began should be open.
 BEGAN = "sessionscope.began"
-
-MEMORY_READER = {_BEGIN: "BEGIN", _QUERY_ONLY: True}
 
 
 def connect_args(options: Options) -> dict[str, Any]:
     """Return the arguments for sqlite3.connect()."""
     return {"isolation_level": None, "check_same_thread": False, "timeout": options.pool_timeout}
-
-
-def begin_for(isolation_level: str, read_only: bool) -> dict[str, Any]:
-    """Return execution options: SQLite's transactions are serializable or there is none."""
-    if isolation_level == "AUTOCOMMIT":
-        return {_BEGIN: None}
-    return {_BEGIN: "BEGIN" if read_only else "BEGIN IMMEDIATE"}
 
 
 def prepare_file(engine: Engine, *, writes: bool) -> None:
@@ -48,21 +38,42 @@ def prepare_memory(engine: Engine) -> None:
     _prepare(engine, begin="BEGIN IMMEDIATE", wal=False)
 
 
+def memory_reader(engine: Engine) -> Engine:
+    """Return a view of *engine* whose transactions cannot write."""
+    return _view(engine, {_BEGIN: "BEGIN", _QUERY_ONLY: True})
+
+
+def at_isolation_level(engine: Engine, level: str, *, read_only: bool) -> Engine:
+    """Return a view of *engine*: SQLite's transactions are serializable, or there is none."""
+    begin = "BEGIN" if read_only else "BEGIN IMMEDIATE"
+    return _view(engine, {_BEGIN: None if level == "AUTOCOMMIT" else begin})
+
+
+def _view(engine: Engine, settings: dict[str, Any]) -> Engine:
+    view = engine.execution_options()
+
+    def connected(connection: Connection) -> None:
+        connection.connection.info.update(settings)
+
+    event.listen(view, "engine_connect", connected)
+    return view
+
+
 def _prepare(engine: Engine, *, begin: str | None, wal: bool) -> None:
     def connected(dbapi_connection: Any, record: ConnectionPoolEntry) -> None:
         dbapi_connection.execute("PRAGMA foreign_keys = 1")
         if wal:
             _use_wal(dbapi_connection)
 
-    def begun(connection: Connection) -> None:
-        options = connection.get_execution_options()
-        statement = options.get(_BEGIN, begin)
+    def do_begin(proxied: PoolProxiedConnection) -> None:
+        statement = proxied.info.get(_BEGIN, begin)
         if statement is not None:
-            _begin(connection, statement, query_only=options.get(_QUERY_ONLY, False))
+            _begin(proxied, statement)
 
     event.listen(engine, "connect", connected)
-    event.listen(engine, "begin", begun)
     event.listen(engine, "reset", _reset)
+    # Not the "begin" event: a listener on the Engine costs more than BEGIN does.
+    engine.dialect.do_begin = do_begin  # type: ignore[method-assign]  # as a subclass would do it
 
 
 def _use_wal(driver_connection: sqlite3.Connection) -> None:
@@ -72,28 +83,22 @@ def _use_wal(driver_connection: sqlite3.Connection) -> None:
         driver_connection.execute("PRAGMA journal_mode = WAL")
 
 
-def _begin(connection: Connection, statement: str, *, query_only: bool) -> None:
-    proxied = connection.connection
-    # On the driver: an execute() of SQLAlchemy's costs more than BEGIN itself.
+def _begin(proxied: PoolProxiedConnection, statement: str) -> None:
     driver_connection: Any = proxied.driver_connection
-    try:
-        driver_connection.execute(statement)
-    except sqlite3.OperationalError as error:
-        raise OperationalError(statement, None, error) from error
-    if query_only:
-        driver_connection.execute("PRAGMA query_only = 1")
-        proxied.info[_QUERY_ONLY] = True
+    driver_connection.execute(statement)
     proxied.info[BEGAN] = True
+    if _QUERY_ONLY in proxied.info:
+        driver_connection.execute("PRAGMA query_only = 1")
 
 
 def _reset(driver_connection: Any, record: ConnectionPoolEntry, state: object) -> None:
     """Give the next user a connection as it was opened."""
     info = record.info
-    if BEGAN in info:
-        del info[BEGAN]
+    info.pop(_BEGIN, None)
+    info.pop(BEGAN, None)
+    if driver_connection.in_transaction:
         # After a COMMIT that failed SQLite keeps the transaction open.
-        if driver_connection.in_transaction:
-            driver_connection.rollback()
+        driver_connection.rollback()
     if info.pop(_QUERY_ONLY, False):
         driver_connection.execute("PRAGMA query_only = 0")
     if driver_connection.isolation_level is not None:

@@ -169,8 +169,9 @@ class Unit(Generic[SessionT]):
             return
         session = self._session
         try:
-            # Not close(): that would make SQLAlchemy's own error hide SessionEnded.
-            session.reset()
+            if self._scope.used:
+                # Not close(): that would make SQLAlchemy's own error hide SessionEnded.
+                session.reset()
         except Exception:
             self._log_failure("close()")
             with suppress(Exception):

@@ -11,9 +11,18 @@ import inspect
 import logging
 import math
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Callable,
+    Collection,
+    Iterator,
+    Mapping,
+    MutableMapping,
+    Sequence,
+)
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from contextvars import copy_context
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +38,9 @@ from fastapi.responses import JSONResponse
 from sessionscope import Database, Unit, exc
 
 __all__ = ["install", "session_per_request"]
+
+_Units = dict[Database[Any], Unit[Any]]
+_Overrides = Mapping[Callable[..., Any] | None, Callable[..., Any]]
 
 _UNITS = "sessionscope.units"
 _DRAIN_SECONDS = 10.0
@@ -82,62 +94,68 @@ class _SessionPerRequest:
                 "A websocket lives too long for one unit of work: open one per message, "
                 "with database.begin() as session: ..."
             )
-        units: dict[Database[Any], Unit[Any]] = scope.setdefault(_UNITS, {})
+        units: _Units = scope.setdefault(_UNITS, {})
         if self.database in units:  # an outer dependency opened it and will end it
             yield units[self.database].session
             return
-        opened = await self._open(scope)
+        opened = await _open(self, scope)
         units.update(opened)
         try:
             yield units[self.database].session
         except BaseException:
-            await _end(list(opened.values()), _roll_back)
+            await _end(opened.values(), _roll_back)
             raise
         else:
-            await _end(list(opened.values()), _commit)
+            await _end(opened.values(), _commit)
         finally:
             for database in opened:
                 del units[database]
 
-    async def _open(self, scope: Mapping[str, Any]) -> dict[Database[Any], Unit[Any]]:
-        """Admit the units that the route wants, in an order that is the same for all routes."""
-        wanted = {self.database: self.read_only}
-        for dependency in _dependencies_of(scope):
-            if dependency.database not in scope[_UNITS]:
-                writes = not (wanted.get(dependency.database, True) and dependency.read_only)
-                wanted[dependency.database] = not writes
-        opened: dict[Database[Any], Unit[Any]] = {}
-        code = getattr(scope.get("endpoint"), "__code__", None)
-        opened_at = (code, code.co_firstlineno) if code is not None else None
-        try:
-            for database in sorted(wanted, key=id):
-                unit = Unit(database, read_only=wanted[database], opened_at=opened_at)
+
+async def _open(dependency: _SessionPerRequest, scope: MutableMapping[str, Any]) -> _Units:
+    """Admit the units that the route wants, in an order that is the same for all routes."""
+    code = getattr(scope.get("endpoint"), "__code__", None)
+    opened_at = (code, code.co_firstlineno) if code is not None else None
+    opened: _Units = {}
+    try:
+        for database, read_only in _wanted(dependency, scope).items():
+            if database not in scope[_UNITS]:
+                unit = Unit(database, read_only=read_only, opened_at=opened_at)
                 await unit.admit_async()
                 opened[database] = unit
-        except BaseException:
-            for unit in opened.values():
-                unit.close()
-            raise
-        return opened
+    except BaseException:
+        for unit in opened.values():
+            unit.close()
+        raise
+    return opened
 
 
-def _dependencies_of(scope: Mapping[str, Any]) -> Iterator[_SessionPerRequest]:
-    """Yield the session dependencies of the request's route, as overridden by the app."""
+def _wanted(
+    dependency: _SessionPerRequest, scope: Mapping[str, Any]
+) -> dict[Database[Any], bool]:
+    """Return for each database of the request, in their fixed order, whether it is only read."""
     # The dependencies that include_router() adds are known to this context only.
     included = scope.get("fastapi", {}).get("effective_route_context")
     dependant = getattr(included, "dependant", None) or getattr(
         scope.get("route"), "dependant", None
     )
+    overrides = getattr(scope.get("app"), "dependency_overrides", None) or {}
+    wanted = {dependency.database: dependency.read_only}
     if dependant is not None:
-        yield from _walk(dependant, getattr(scope.get("app"), "dependency_overrides", {}))
+        for other in _walk(dependant, overrides):
+            wanted[other.database] = wanted.get(other.database, True) and other.read_only
+    return dict(sorted(wanted.items(), key=_id_of_database)) if len(wanted) > 1 else wanted
 
 
-def _walk(
-    dependant: Dependant, overrides: Mapping[Callable[..., Any], Callable[..., Any]]
-) -> Iterator[_SessionPerRequest]:
+def _id_of_database(item: tuple[Database[Any], bool]) -> int:
+    return id(item[0])
+
+
+def _walk(dependant: Dependant, overrides: _Overrides) -> Iterator[_SessionPerRequest]:
+    """Yield the session dependencies of a route, as the app has overridden them."""
     for inner in dependant.dependencies:
         call = inner.call
-        if call is not None and overrides and call in overrides:
+        if overrides and call in overrides:
             yield from _walk_call(overrides[call], inner.path or "", overrides)
         elif isinstance(call, _SessionPerRequest):
             yield call
@@ -146,7 +164,7 @@ def _walk(
 
 
 def _walk_call(
-    call: Callable[..., Any], path: str, overrides: Mapping[Callable[..., Any], Callable[..., Any]]
+    call: Callable[..., Any], path: str, overrides: _Overrides
 ) -> Iterator[_SessionPerRequest]:
     if isinstance(call, _SessionPerRequest):
         yield call
@@ -154,7 +172,9 @@ def _walk_call(
         yield from _walk(get_dependant(path=path, call=call), overrides)
 
 
-async def _end(units: Sequence[Unit[Any]], end: Callable[[Sequence[Unit[Any]]], None]) -> None:
+async def _end(
+    units: Collection[Unit[Any]], end: Callable[[Collection[Unit[Any]]], None]
+) -> None:
     """End the units, in a thread if that may wait for a database."""
     if not any(unit.needs_io for unit in units):
         end(units)
@@ -165,31 +185,25 @@ async def _end(units: Sequence[Unit[Any]], end: Callable[[Sequence[Unit[Any]]], 
     await asyncio.shield(loop.run_in_executor(_ending, lambda: context.run(end, units)))
 
 
-def _commit(units: Sequence[Unit[Any]]) -> None:
-    with _closing(units):
-        try:
-            if len(units) > 1:
-                for unit in units:
-                    unit.session.flush()
+def _commit(units: Collection[Unit[Any]]) -> None:
+    try:
+        if len(units) > 1:
             for unit in units:
-                unit.commit()
-        except BaseException:
-            for unit in units:
-                unit.rollback()
-            raise
-
-
-def _roll_back(units: Sequence[Unit[Any]]) -> None:
-    with _closing(units):
+                unit.session.flush()
         for unit in units:
-            unit.rollback()
+            unit.commit()
+    except BaseException:
+        _roll_back(units)
+        raise
+    for unit in units:
+        unit.close()
 
 
-def _closing(units: Sequence[Unit[Any]]) -> ExitStack:
-    stack = ExitStack()
-    for unit in reversed(units):
-        stack.callback(unit.close)
-    return stack
+def _roll_back(units: Collection[Unit[Any]]) -> None:
+    for unit in units:
+        unit.rollback()
+    for unit in units:
+        unit.close()
 
 
 def _add_lifespan(app: FastAPI, databases: Sequence[Database[Any]]) -> None:
