@@ -5,6 +5,7 @@ of them on a socket that its parent has opened.
 """
 
 import argparse
+import gc
 import json
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -273,6 +274,9 @@ def _main() -> None:
     parser.add_argument("descriptor", type=int, help="the listening socket")
     arguments = parser.parse_args()
     app = create(arguments.variant, arguments.settings)
+    # A full collection of all that was imported stops a server for 0.1 s, now and then.
+    gc.collect()
+    gc.freeze()
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", access_log=False))
     server.run(sockets=[socket.socket(fileno=arguments.descriptor)])
 

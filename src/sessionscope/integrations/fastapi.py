@@ -130,9 +130,7 @@ async def _open(dependency: _SessionPerRequest, scope: MutableMapping[str, Any])
     return opened
 
 
-def _wanted(
-    dependency: _SessionPerRequest, scope: Mapping[str, Any]
-) -> dict[Database[Any], bool]:
+def _wanted(dependency: _SessionPerRequest, scope: Mapping[str, Any]) -> dict[Database[Any], bool]:
     """Return for each database of the request, in their fixed order, whether it is only read."""
     # The dependencies that include_router() adds are known to this context only.
     included = scope.get("fastapi", {}).get("effective_route_context")
@@ -172,9 +170,7 @@ def _walk_call(
         yield from _walk(get_dependant(path=path, call=call), overrides)
 
 
-async def _end(
-    units: Collection[Unit[Any]], end: Callable[[Collection[Unit[Any]]], None]
-) -> None:
+async def _end(units: Collection[Unit[Any]], end: Callable[[Collection[Unit[Any]]], None]) -> None:
     """End the units, in a thread if that may wait for a database."""
     if not any(unit.needs_io for unit in units):
         end(units)
