@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from typing import NamedTuple
 
 from sqlalchemy import URL
@@ -49,7 +50,7 @@ FULL = Scale(
     burst_timeout=8.0,
     paired_clients=(10, 100, 500),
     rivals=("max-concurrency", "max-concurrency-no-ping"),
-    by_hand=("seed", "scope-function", "max-concurrency"),
+    by_hand=("seed", "scope-function", "max-concurrency", "all-async-ping"),
     survey=(
         tuple(variant for variant in VARIANTS if variant != "late-commit"),
         (10, 50, 100, 200, 500),
@@ -123,8 +124,8 @@ def bursts(bench: Bench) -> None:
     for path in ("/slow", "/slow-auth"):
         for clients in bench.scale.bursts:
             _paired_burst(bench, table, path, clients)
-    load = _Burst(["/slow"], bench.scale.bursts[0], bench.scale.burst_timeout)
-    for variant in bench.scale.by_hand:
+    for path, variant in product(("/slow", "/slow-auth"), bench.scale.by_hand):
+        load = _Burst([path], bench.scale.bursts[0], bench.scale.burst_timeout)
         with Server(variant, bench.settings) as server:
             table.rows.append([load.name, variant, *_cells(bench.observe(server, load.on(server)))])
     for clients in bench.scale.bursts:
@@ -276,13 +277,11 @@ def _refusals(bench: Bench, settings: Settings, seen: Seen) -> None:
 def survey(bench: Bench) -> None:
     """Put the same sustained load on every variant, each on a fresh server."""
     table = bench.table("Sustained load on /slow", "variant", "clients")
-    variants, crowds = bench.scale.survey
-    for variant in variants:
-        for clients in crowds:
-            with Server(variant, bench.settings) as server:
-                load = partial(sustain, server.port, ["/slow"], clients, bench.scale.pace)
-                cells = _cells(bench.observe(server, load))
-            table.rows.append([variant, str(clients), *cells])
+    for variant, clients in product(*bench.scale.survey):
+        with Server(variant, bench.settings) as server:
+            load = partial(sustain, server.port, ["/slow"], clients, bench.scale.pace)
+            cells = _cells(bench.observe(server, load))
+        table.rows.append([variant, str(clients), *cells])
 
 
 def _cells(seen: Seen) -> list[str]:

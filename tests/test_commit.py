@@ -90,6 +90,7 @@ def test_a_commit_in_the_middle_is_verified_too(postgres: Database) -> None:
 def test_a_plain_session_of_the_sessionmaker_is_verified_too(postgres: Database) -> None:
     with postgres.sessionmaker() as session:
         session.add(Item(name="lost"))
+        session.flush()
         swallow(session, "SELECT * FROM no_such_table")
         with pytest.raises(TransactionDoomed):
             session.commit()

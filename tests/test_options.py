@@ -52,11 +52,15 @@ def test_a_missing_driver_names_the_line_that_installs_it() -> None:
     code = (
         "import sys; sys.modules['psycopg'] = None\n"
         "from sessionscope import Database\n"
-        "Database('postgresql://user:s3cr3t@host/db')"
+        "Database.from_env()"
     )
     run = subprocess.run(
         [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(sys.path),
+            "DATABASE_URL": f"postgresql://user:{SECRET}@host/db",
+        },
         capture_output=True,
         text=True,
         check=False,
