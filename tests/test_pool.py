@@ -217,3 +217,29 @@ def test_listeners_of_the_sessionmaker_see_both_kinds_of_unit(database: Database
             session.scalars(select(Item)).all()
     event.remove(database.sessionmaker, "after_begin", after_begin)
     assert seen == ["begin", "begin"]
+
+
+def test_connections_are_kept_while_as_many_units_run(postgres_url: str) -> None:
+    """SQLAlchemy's pool closes what is returned beyond pool_size, and opens it anew at once."""
+    with Database(postgres_url, pool_size=1, max_overflow=3) as database:
+        opened = []
+        event.listen(database.engine, "connect", lambda *_: opened.append(1))
+        barrier = threading.Barrier(4)
+
+        def work() -> None:
+            for _ in range(5):
+                with database.begin() as session:
+                    session.execute(text("SELECT 1"))
+                    barrier.wait(10)  # all hold a connection
+                    session.commit()  # and give it back while the units go on
+                    barrier.wait(10)
+
+        with ThreadPoolExecutor(4) as threads:
+            for future in [threads.submit(work) for _ in range(4)]:
+                future.result(30)
+        assert len(opened) == 4
+        for _ in range(4):
+            database.ping()
+            with database.begin() as session:
+                session.execute(text("SELECT 1"))
+        assert database.stats().idle <= 2  # no more than pool_size of each engine afterwards

@@ -11,7 +11,7 @@ from sqlalchemy import exc as sa_exc
 from sqlalchemy.engine.default import DefaultExecutionContext
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
-from sqlalchemy.util.queue import Empty
+from sqlalchemy.util.queue import Empty, Queue
 
 from sessionscope import _sqlite
 from sessionscope._guards import UNIT
@@ -39,10 +39,10 @@ class Engines:
 
     Both are plain engines. Together they never hold more connections than
     ``options.limit``: at the bound, the one closes an idle connection before the
-    other opens one.
+    other opens one. *demand* tells how many units run or wait.
     """
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: Options, demand: Callable[[], int]) -> None:
         self.options = options
         self._views: dict[tuple[bool, str], Engine] = {}
         self.write = _create(options, **_write_options(options))
@@ -60,7 +60,7 @@ class Engines:
             else:
                 _keep_alive(engine)
         _make_read_only(self.read)
-        _share_bound(options, self.write, self.read)
+        _share_bound(options, demand, self.write, self.read)
 
     def bind(self, *, read_only: bool, isolation_level: str | None) -> Engine:
         """Return the engine for a unit of work, as a view when it names an isolation level."""
@@ -89,10 +89,28 @@ class Engines:
             self.read.dispose()
 
 
+class _Queue(Queue[ConnectionPoolEntry]):
+    """The idle connections of a pool; more than its size while units are about to ask for them."""
+
+    bound: "_Bound | None" = None
+
+    def _full(self) -> bool:
+        # QueuePool closes what does not fit, and under load opens it anew at once.
+        full = len(self.queue) >= self.maxsize > 0
+        return full and (self.bound is None or not self.bound.is_in_demand())
+
+
 class SharedQueuePool(pool.QueuePool):
     """A QueuePool that shares its bound with the pool of another engine."""
 
+    _queue_class = _Queue
     bound: "_Bound | None" = None
+
+    def share(self, bound: "_Bound | None") -> None:
+        """Count this pool's connections in *bound*."""
+        self.bound = bound
+        assert isinstance(self._pool, _Queue)
+        self._pool.bound = bound
 
     def _do_get(self) -> ConnectionPoolEntry:
         deadline = monotonic() + self._timeout
@@ -124,7 +142,7 @@ class SharedQueuePool(pool.QueuePool):
     def recreate(self) -> "SharedQueuePool":
         recreated = super().recreate()
         assert isinstance(recreated, SharedQueuePool)
-        recreated.bound = self.bound
+        recreated.share(self.bound)
         return recreated
 
     def close_one_idle(self) -> bool:
@@ -145,9 +163,10 @@ class _NoRoom(Exception):
 class _Bound:
     """At most *limit* connections over the pools of several engines."""
 
-    def __init__(self, limit: int, engines: tuple[Engine, ...]) -> None:
+    def __init__(self, limit: int, engines: tuple[Engine, ...], demand: Callable[[], int]) -> None:
         self.limit = limit
         self._engines = engines
+        self._demand = demand
         self._changed = threading.Condition()
         self._waiting = 0
 
@@ -155,11 +174,15 @@ class _Bound:
         # Asked anew each time: Engine.dispose() replaces the pool.
         return [e.pool for e in self._engines if isinstance(e.pool, SharedQueuePool)]
 
+    def is_in_demand(self) -> bool:
+        """Return whether as many units run or wait as there are connections."""
+        return self._demand() >= _count(self._pools())
+
     def make_room(self) -> bool:
         """Close idle connections until the bound holds; return whether it does."""
         with self._changed:
             pools = self._pools()
-            while sum(p.size() + p.overflow() for p in pools) > self.limit:
+            while _count(pools) > self.limit:
                 if not any(p.close_one_idle() for p in pools):
                     return False
         return True
@@ -177,6 +200,10 @@ class _Bound:
         if self._waiting:
             with self._changed:
                 self._changed.notify_all()
+
+
+def _count(pools: list[SharedQueuePool]) -> int:
+    return sum(p.size() + p.overflow() for p in pools)
 
 
 def _create(options: Options, **settings: Any) -> Engine:
@@ -220,13 +247,13 @@ def _common_options(options: Options) -> dict[str, Any]:
     return settings
 
 
-def _share_bound(options: Options, *engines: Engine) -> None:
+def _share_bound(options: Options, demand: Callable[[], int], *engines: Engine) -> None:
     if options.limit is None:
         return
-    bound = _Bound(options.limit, engines)
+    bound = _Bound(options.limit, engines, demand)
     for engine in engines:
         if isinstance(engine.pool, SharedQueuePool):
-            engine.pool.bound = bound
+            engine.pool.share(bound)
 
 
 def _keep_alive(engine: Engine) -> None:

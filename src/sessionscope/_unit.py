@@ -30,11 +30,14 @@ class Source(Generic[SessionT]):
     def __init__(self, options: Options, session_class: type[SessionT], name: str) -> None:
         self.name = name
         self.options = options
-        self.engines = Engines(options)
+        self.gates = _make_gates(options)
+        self.engines = Engines(options, self._demand)
         for engine in {id(e.dialect): e for e in (self.engines.read, self.engines.write)}.values():
             verify_commits(engine, name)
         self.sessionmaker = _make_sessionmaker(options, session_class, self.engines.write)
-        self.gates = _make_gates(options)
+
+    def _demand(self) -> int:
+        return sum(gate.in_use + gate.waiting for gate in self.gates)
 
     def bind(self, *, read_only: bool, isolation_level: str | None) -> Engine:
         """Return the engine for such units."""
