@@ -281,3 +281,38 @@ def test_no_parameter_appears_in_an_error(postgres: Database) -> None:
             text("SELECT * FROM no_such_table WHERE a = :secret"), {"secret": "hunter2"}
         )
     assert "hunter2" not in str(plain.value)
+
+
+def test_the_next_statement_on_postgresql_says_what_really_failed(postgres: Database) -> None:
+    """The server's own words are that the transaction is aborted, and not why."""
+    with pytest.raises(TransactionDoomed, match="no_such_table"), postgres.begin() as session:
+        swallow(session, "SELECT * FROM no_such_table")
+        session.execute(text("SELECT 1"))
+
+
+def test_a_flush_at_commit_says_so_too(postgres: Database) -> None:
+    with pytest.raises(TransactionDoomed, match="no_such_table"), postgres.begin() as session:
+        swallow(session, "SELECT * FROM no_such_table")
+        session.add(Item(name="pending"))
+
+
+def test_a_transaction_that_text_sql_has_ended_is_not_said_to_be_lost(sqlite: Database) -> None:
+    with pytest.raises(TransactionDoomed, match="COMMIT or ROLLBACK sent as text") as caught:
+        with sqlite.begin() as session:
+            session.execute(text("INSERT INTO item (name) VALUES ('stored')"))
+            session.execute(text("COMMIT"))
+    assert "Nothing was written" not in str(caught.value)
+
+
+def test_an_interrupt_during_commit_is_an_interrupt(
+    postgres: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(KeyboardInterrupt), postgres.begin() as session:
+        session.add(Item(name="who knows"))
+        session.flush()
+        driver_connection = session.connection().connection.driver_connection
+
+        def commit() -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(driver_connection, "commit", commit)

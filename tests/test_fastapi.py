@@ -29,6 +29,7 @@ from sqlalchemy import exc as sa_exc
 from sqlalchemy import select, text
 from sqlalchemy.orm import Session
 from starlette.middleware.base import BaseHTTPMiddleware
+from starlette.websockets import WebSocketDisconnect
 
 from sessionscope import Database, after_commit
 from sessionscope.exc import (
@@ -423,13 +424,13 @@ def test_several_databases_in_opposite_order_do_not_deadlock(
 
 
 def test_several_databases_are_flushed_before_the_first_commit(
-    database: Database, sqlite: Database
+    postgres: Database, sqlite: Database
 ) -> None:
     app = FastAPI()
 
     @app.post("/")
     def create(
-        a: Annotated[Session, session_per_request(database)],
+        a: Annotated[Session, session_per_request(postgres)],
         b: Annotated[Session, session_per_request(sqlite)],
     ) -> str:
         a.add(Item(name="one"))
@@ -438,8 +439,8 @@ def test_several_databases_are_flushed_before_the_first_commit(
 
     response = TestClient(app, raise_server_exceptions=False).post("/")
     assert response.status_code == 500
-    assert names(database) == names(sqlite) == []
-    assert database.stats().in_use == sqlite.stats().in_use == 0
+    assert names(postgres) == names(sqlite) == []
+    assert postgres.stats().in_use == sqlite.stats().in_use == 0
 
 
 @pytest.mark.parametrize("method", ["HEAD", "OPTIONS", "GET"])
@@ -830,6 +831,87 @@ def held(database: Database) -> Iterator[None]:
         finally:
             leave.set()
             holder.result(10)
+
+
+def test_a_def_endpoint_that_outlives_its_cancelled_request_stores_nothing(
+    database: Database,
+) -> None:
+    """asyncio.timeout() around the app cancels the request, and cannot cancel its thread."""
+    app = FastAPI()
+    inside, cancelled = threading.Event(), threading.Event()
+    outcome: list[BaseException] = []
+    done = threading.Event()
+
+    @app.get("/")
+    def create(session: Annotated[Session, session_per_request(database)]) -> None:
+        try:
+            session.execute(text("SELECT 1"))
+            inside.set()
+            cancelled.wait(10)
+            session.add(Item(name="zombie"))
+            session.flush()
+        except BaseException as error:
+            outcome.append(error)
+            raise
+        finally:
+            done.set()
+
+    async def main() -> None:
+        task = asyncio.create_task(app(scope("/"), disconnected, send_nothing))
+        await asyncio.to_thread(inside.wait, 10)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        cancelled.set()
+        await asyncio.to_thread(done.wait, 10)
+
+    asyncio.run(main())
+    with database.begin() as session:
+        session.add(Item(name="next"))
+    assert len(outcome) == 1
+    assert names(database) == ["next"]
+    assert database.stats().in_use == 0
+
+
+def test_overload_closes_a_websocket_instead_of_failing(app: FastAPI) -> None:
+    @app.websocket("/ws")
+    async def chat(websocket: WebSocket) -> None:
+        await websocket.accept()
+        raise PoolBusy("busy")
+
+    with TestClient(app) as client, client.websocket_connect("/ws") as websocket:
+        with pytest.raises(WebSocketDisconnect) as caught:
+            websocket.receive_text()
+    assert caught.value.code == 1013
+
+
+def test_hooks_of_several_databases_run_when_all_are_closed(
+    postgres: Database, sqlite: Database
+) -> None:
+    app = FastAPI()
+    seen: list[list[str]] = []
+
+    @app.post("/")
+    def create(
+        a: Annotated[Session, session_per_request(postgres)],
+        b: Annotated[Session, session_per_request(sqlite)],
+    ) -> None:
+        for session in (a, b):
+            session.add(Item(name="pear"))
+            after_commit(session, lambda: seen.append(names(postgres) + names(sqlite)))
+
+    assert TestClient(app).post("/").status_code == 200
+    assert seen == [["pear", "pear"]] * 2
+
+
+def test_wrong_arguments_name_the_line_to_write(database: Database) -> None:
+    for wrong in (
+        lambda: install(FastAPI()),
+        lambda: install(FastAPI(), "sqlite://"),  # type: ignore[arg-type]
+        lambda: session_per_request(database.engine),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(ConfigurationError, match="write "):
+            wrong()
 
 
 CLIENTS = 200

@@ -363,3 +363,47 @@ def test_a_forked_child_starts_with_an_empty_gate() -> None:
     assert gate.in_use == 1
     os.close(reader)
     os.close(writer)
+
+
+def test_two_drains_at_once_both_learn_that_it_is_empty(threads: ThreadPoolExecutor) -> None:
+    gate = Gate(1, PATIENCE)
+    gate.admit()
+    gate.start_draining()
+    gate.start_draining()
+    gate.stop_draining()
+    with pytest.raises(PoolBusy, match="shutting down"):
+        gate.admit()
+    waiting = threads.submit(gate.wait_until_empty, PATIENCE)
+    release(gate)
+    assert waiting.result(PATIENCE)
+    gate.stop_draining()
+
+
+def test_threads_that_loop_do_not_starve_tasks(threads: ThreadPoolExecutor) -> None:
+    gate = Gate(1, PATIENCE)
+    stop = threading.Event()
+
+    def loop() -> None:
+        while not stop.is_set():
+            gate.admit()
+            release(gate)
+
+    async def tasks() -> None:
+        for _ in range(20):
+            await gate.admit_async()
+            release(gate)
+
+    looping = [threads.submit(loop) for _ in range(3)]
+    asyncio.run(tasks())
+    stop.set()
+    for future in looping:
+        future.result(PATIENCE)
+    assert gate.refused == 0
+
+
+def test_a_unit_that_was_open_across_a_fork_is_not_the_childs() -> None:
+    gate = Gate(1, 0.0)
+    gate.admit()
+    gate.forget()
+    release(gate)
+    assert gate.in_use == 0

@@ -4,6 +4,8 @@ import asyncio
 import threading
 
 import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
 from sqlalchemy import exc as sa_exc
 from sqlalchemy import select, text
 
@@ -152,3 +154,24 @@ def test_a_unit_that_was_closed_in_another_thread_holds_no_flow(postgres: Databa
 
     with postgres.begin():
         pass
+
+
+def test_a_request_of_a_test_client_inside_a_unit_is_a_flow_of_its_own(postgres: Database) -> None:
+    app = FastAPI()
+
+    @app.get("/")
+    def read() -> int:
+        with postgres.begin() as session:
+            return int(session.scalar(text("SELECT 1")) or 0)
+
+    with postgres.begin():
+        assert TestClient(app).get("/").json() == 1
+
+
+def test_a_loop_inside_the_units_own_thread_is_the_same_flow(database: Database) -> None:
+    async def main() -> None:
+        with database.begin():
+            pytest.fail("it was opened")
+
+    with database.begin(), pytest.raises(NestedUnit):
+        asyncio.run(main())

@@ -7,7 +7,8 @@ from sqlalchemy import create_engine, event, text
 from sqlalchemy.orm import Session
 
 from sessionscope import Database, after_commit, after_rollback
-from tests.models import Base, Item, Note, names
+from sessionscope.exc import ConfigurationError
+from tests.models import Item, Note, names
 
 
 def test_a_hook_runs_after_the_commit_with_its_arguments(database: Database) -> None:
@@ -279,5 +280,19 @@ def test_a_listener_that_fails_in_after_commit_does_not_lose_hooks(database: Dat
     assert names(database) == ["one"]
 
 
-def test_the_tables_of_these_tests_have_a_deferred_constraint() -> None:
-    assert "note" in Base.metadata.tables
+def test_a_hook_on_a_session_that_has_ended_is_refused(
+    database: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    with database.begin() as session:
+        after_commit(session, after_commit, session, print)
+    assert "SessionEnded" in caplog.text
+
+
+def test_a_coroutine_function_is_refused_as_a_hook(database: Database) -> None:
+    async def hook() -> None: ...
+
+    with (
+        pytest.raises(ConfigurationError, match="write it with `def`"),
+        database.begin() as session,
+    ):
+        after_commit(session, hook)

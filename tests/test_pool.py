@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 from sqlalchemy import event, select, text
 from sqlalchemy import exc as sa_exc
-from sqlalchemy.pool import NullPool
+from sqlalchemy.pool import NullPool, QueuePool
 
 from sessionscope import Database, _pool
+from sessionscope.exc import PoolBusy
 from sessionscope.testing import PostgresServer
-from tests.models import Item, create_tables
+from tests.models import Item, create_tables, names
 
 BACKENDS = text(
     "SELECT count(*) FROM pg_stat_activity "
@@ -70,7 +71,10 @@ def test_both_engines_together_keep_the_bound(postgres_url: str) -> None:
 def test_a_plain_connection_waits_for_the_bound_and_gets_a_clear_error(small: Database) -> None:
     """Users of .engine share the bound; they are not admitted, they wait in the pool."""
     with small.engine.connect(), small.engine.connect():
-        with pytest.raises(sa_exc.TimeoutError, match="All 2 connections of both engines"):
+        with pytest.raises(
+            sa_exc.TimeoutError,
+            match="All 2 connections are in use, by units of work or by users of .engine",
+        ):
             small.read_engine.connect()
 
 
@@ -82,9 +86,9 @@ def test_a_plain_connection_gets_the_place_that_the_other_engine_gives_back(
     bound = small.read_engine.pool.bound  # type: ignore[attr-defined]  # the room to watch
     original = bound.wait
 
-    def wait(timeout: float) -> bool:
+    def wait(timeout: float, seen: int) -> bool:
         waiting.set()
-        return bool(original(10))
+        return bool(original(10, seen))
 
     bound.wait = wait
     with ThreadPoolExecutor(1) as threads:
@@ -243,3 +247,77 @@ def test_connections_are_kept_while_as_many_units_run(postgres_url: str) -> None
             with database.begin() as session:
                 session.execute(text("SELECT 1"))
         assert database.stats().idle <= 2  # no more than pool_size of each engine afterwards
+
+
+def test_pre_ping_of_the_users_own_still_reconnects(postgres_server: PostgresServer) -> None:
+    """Every application that is ported sets it; it costs a round trip, and works."""
+    url = postgres_server.create_database()
+    with Database(url, engine_options={"pool_pre_ping": True}) as database:
+        with database.begin() as session:
+            pid = session.scalar(text("SELECT pg_backend_pid()"))
+        with Database(url) as other, other.begin() as session:
+            session.execute(text("SELECT pg_terminate_backend(:pid, 5000)"), {"pid": pid})
+        with database.begin() as session:
+            assert session.scalar(text("SELECT 1")) == 1
+
+
+def test_the_users_own_queue_pool_is_ours(postgres_url: str) -> None:
+    options = {"poolclass": QueuePool}
+    with Database(postgres_url, pool_size=1, max_overflow=0, engine_options=options) as database:
+        for read_only in (False, True):
+            with database.begin(read_only=read_only) as session:
+                session.execute(text("SELECT 1"))
+        assert database.stats().idle == 1
+
+
+def test_dispose_during_units_keeps_the_bound(
+    small: Database, postgres_server: PostgresServer
+) -> None:
+    """What is in use of the old pool counts, and is closed when it comes back."""
+    in_use = small.engine.connect()
+    in_use.execute(text("SELECT 1"))
+    small.dispose()
+    with small.engine.connect(), pytest.raises(PoolBusy):
+        small.engine.connect()
+    in_use.close()
+    with small.engine.connect(), small.engine.connect() as second:
+        assert second.scalar(BACKENDS) == 1
+
+
+def test_an_admitted_unit_that_finds_no_connection_gets_pool_busy(small: Database) -> None:
+    with small.engine.connect(), small.engine.connect(), small.begin() as session:
+        with pytest.raises(PoolBusy, match="users of .engine"):
+            session.execute(text("SELECT 1"))
+
+
+def test_a_place_whose_connect_failed_is_free_again(small: Database) -> None:
+    small.dispose()
+
+    @event.listens_for(small.engine, "do_connect")
+    def fail(*_: object) -> None:
+        raise ValueError("no connection")
+
+    for _ in range(5):
+        with pytest.raises(ValueError, match="no connection"):
+            small.engine.connect()
+    event.remove(small.engine, "do_connect", fail)
+    with small.engine.connect(), small.engine.connect():
+        pass
+
+
+def test_a_connection_that_comes_back_with_a_transaction_is_replaced(postgres: Database) -> None:
+    """A thread may go on using the driver's connection after its unit has ended."""
+    with postgres.begin() as session:
+        driver_connection = session.connection().connection.driver_connection
+    assert driver_connection is not None
+    driver_connection.execute("INSERT INTO item (name) VALUES ('zombie')")
+
+    with postgres.begin() as session:
+        session.add(Item(name="next"))
+        assert session.connection().connection.driver_connection is not driver_connection
+    assert names(postgres) == ["next"]
+
+
+def test_a_two_phase_sessionmaker_reads_as_well(postgres_url: str) -> None:
+    with Database(postgres_url, session_options={"twophase": True}) as database:
+        database.ping()

@@ -10,6 +10,7 @@ from sqlalchemy import exc as sa_exc
 from sqlalchemy import select, text
 
 from sessionscope import Database
+from sessionscope.exc import PoolBusy
 from tests.models import Item, create_tables, names
 
 
@@ -181,3 +182,16 @@ def test_a_rollback_fixture_leaks_no_row(sqlite: Database) -> None:
             session.commit()
         outer.rollback()
     assert names(sqlite) == []
+
+
+def test_a_plain_connection_in_memory_waits_for_the_unit_and_never_mixes_with_it() -> None:
+    """On a shared connection its end would roll the unit back, without a word."""
+    with Database("sqlite://", pool_timeout=0.05) as database:
+        create_tables(database)
+        with database.begin() as session:
+            session.add(Item(name="one"))
+            session.flush()
+            with pytest.raises(PoolBusy):
+                database.engine.connect()
+            session.add(Item(name="two"))
+        assert names(database) == ["one", "two"]

@@ -1,13 +1,15 @@
 """A unit of work: commit at its normal end, rollback on any exception, always closed."""
 
+import gc
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from sqlalchemy import Executable, delete, insert, select, text, update
 from sqlalchemy import exc as sa_exc
 from sqlalchemy.orm import Session
 
-from sessionscope import Database, Unit
+from sessionscope import Database, Unit, _guards
 from sessionscope.exc import ReadOnlyUnit, SessionEnded
 from tests.models import Item, Note, names
 
@@ -320,3 +322,62 @@ def test_a_reading_unit_needs_no_io_to_end_and_a_streaming_one_does(postgres: Da
 def _add(database: Database, name: str) -> None:
     with database.begin() as session:
         session.add(Item(name=name))
+
+
+def test_a_unit_is_used_once(database: Database) -> None:
+    unit = database.begin()
+    with unit as session:
+        session.add(Item(name="one"))
+    with pytest.raises(sa_exc.InvalidRequestError, match="used once"), unit:
+        pytest.fail("it was opened again")
+    assert database.stats().in_use == 0
+
+
+def test_an_abandoned_unit_gives_everything_back(database: Database) -> None:
+    session = database.begin().__enter__()  # the unit itself is garbage now
+    gc.collect()
+    assert database.stats().in_use == 0
+    with pytest.raises(SessionEnded):
+        session.execute(text("SELECT 1"))
+    with database.begin():
+        pass
+
+
+def test_an_interrupt_while_the_unit_opens_leaks_nothing(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(_guards, "enter", interrupted)
+        database.begin().__enter__()
+    assert database.stats().in_use == 0
+    with database.begin():
+        pass
+
+
+def test_discard_closes_the_connection_that_another_thread_uses(postgres: Database) -> None:
+    """What the other thread still sends never reaches the connection's next user."""
+    unit = Unit(postgres)
+    unit.admit()
+    session = unit.session
+    session.execute(text("SELECT 1"))
+    sleeping = ThreadPoolExecutor(1)
+    going_on = sleeping.submit(session.execute, text("SELECT pg_sleep(60)"))
+    with postgres.read_engine.connect() as observer:
+        while not observer.scalar(
+            text("SELECT count(*) FROM pg_stat_activity WHERE query ~ '^SELECT pg_sleep'")
+        ):
+            pass
+    unit.discard()
+    unit.close()
+
+    assert going_on.exception(10) is not None
+    with pytest.raises(SessionEnded):
+        session.execute(text("SELECT 1"))
+    with postgres.begin() as session:
+        session.add(Item(name="next"))
+    assert names(postgres) == ["next"]
+    assert postgres.stats().in_use == 0
+    sleeping.shutdown()

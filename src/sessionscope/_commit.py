@@ -25,6 +25,9 @@ _COMMITTING = "sessionscope.committing"
 # libpq's PQTRANS_INERROR: only a ROLLBACK can follow.
 _PQTRANS_INERROR = 3
 
+# The SQLSTATE of every statement that PostgreSQL is sent after one has failed.
+_IN_FAILED_TRANSACTION = "25P02"
+
 # Tells whether COMMIT on this connection would not commit.
 _IsDoomed = Callable[[PoolProxiedConnection], bool]
 # What failed earlier in the transaction: the statement and the error.
@@ -56,10 +59,11 @@ def verify_commits(engine: Engine, database: str) -> None:
         info = record.info
         info.pop(UNIT, None)
         info.pop(_SUSPECT, None)
+        info.pop(_COMMITTING, None)
 
     # Any listener on an Engine makes each Connection build a dispatcher for every
     # event that it passes, which costs a read unit a third of its instructions.
-    dialect.do_commit = do_commit  # type: ignore[method-assign]  # as a subclass would do it
+    dialect.do_commit = do_commit  # type: ignore[method-assign, assignment]  # as a subclass would
     event.listen(engine, "handle_error", failed)
     event.listen(engine, "checkin", returned)
 
@@ -70,7 +74,7 @@ def _doomed(info: dict[Any, Any]) -> TransactionDoomed:
     scope: Scope | None = info.get(UNIT)
     opened_at = f" (unit of work opened at {describe(scope.opened_at)})" if scope else ""
     error = TransactionDoomed(
-        f"This transaction cannot commit{opened_at}: {_what_failed(suspect)} Nothing was written. "
+        f"This transaction cannot commit{opened_at}: {_what_failed(suspect)} "
         "Let the error leave the unit of work, or run what may fail in a savepoint and catch the "
         "error outside of it: with session.begin_nested(): ..."
     )
@@ -81,10 +85,13 @@ def _doomed(info: dict[Any, Any]) -> TransactionDoomed:
 
 def _what_failed(suspect: _Suspect | None) -> str:
     if suspect is None:
-        return "an earlier error, or a ROLLBACK sent as text, ended it in the database."
+        return (
+            "it has ended in the database already, undone by an error that was swallowed, or "
+            "ended by COMMIT or ROLLBACK sent as text."
+        )
     statement, error = suspect
     what = f" running {' '.join(statement.split())[:80]!r}" if statement else ""
-    return f"{type(error).__name__}{what} was raised earlier and swallowed."
+    return f"{type(error).__name__}{what} was raised earlier and swallowed. Nothing was written."
 
 
 def _note_failure(
@@ -97,7 +104,11 @@ def _note_failure(
     if connection.closed or connection.invalidated:
         return None
     info = connection.connection.info
-    if context.statement is None and info.pop(_COMMITTING, False) and context.is_disconnect:
+    orig = context.original_exception
+    if _sqlstate(orig) == _IN_FAILED_TRANSACTION and _SUSPECT in info:
+        return _doomed(info)
+    was_commit = context.statement is None and info.pop(_COMMITTING, False)
+    if was_commit and context.is_disconnect and isinstance(orig, Exception):
         return CommitUnknown(
             f"The connection to {database} was lost during COMMIT: the database may have "
             "committed, or not. Look before you try again"
@@ -108,6 +119,10 @@ def _note_failure(
             _refuse_further_statements(connection)
         return _unwritable(context)
     return None
+
+
+def _sqlstate(error: BaseException) -> str | None:
+    return getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
 
 
 def _refuse_further_statements(connection: Connection) -> None:
@@ -122,7 +137,9 @@ def _refuse_further_statements(connection: Connection) -> None:
 
 
 def _unavailable(context: ExceptionContext, database: str) -> BaseException | None:
-    if not isinstance(context.sqlalchemy_exception, (OperationalError, InterfaceError)):
+    if context.is_pre_ping or not isinstance(
+        context.sqlalchemy_exception, (OperationalError, InterfaceError)
+    ):
         return None
     orig = context.original_exception
     text = " ".join(str(orig).split())  # libpq breaks its messages into lines
@@ -156,7 +173,8 @@ def _unwritable(context: ExceptionContext) -> BaseException | None:
         return None
     assert context.connection is not None
     query_only = context.connection.connection.cursor().execute("PRAGMA query_only").fetchone()
-    if query_only and query_only[0]:  # the database refuses for us: a read-only unit
+    if query_only and query_only[0]:  # it refuses because we told it to
+        context.sqlalchemy_exception.add_note("The unit of work is read-only, not the file.")
         return None
     return DatabaseUnavailable(
         f"The database file cannot be written ({orig}): check the permissions of the file and of "

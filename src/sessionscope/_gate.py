@@ -132,7 +132,8 @@ class Gate:
         self._threads: deque[_Waiter] = deque()
         self._tasks: deque[_Waiter] = deque()
         self._empty = threading.Event()
-        self._draining = False
+        self._drains = 0
+        self._thread_was_last = False
         self.in_use = 0
 
     @property
@@ -192,14 +193,14 @@ class Gate:
         Gates that are given the same callable count as one.
         """
         with self._lock:
-            pool = _pools.setdefault(threads, _ThreadPool(threads))
+            pool = _pools.setdefault(id(threads), _ThreadPool(threads))
             pool.slots += self.limit or 0
             self._pool = pool
 
     def start_draining(self) -> None:
         """Refuse new units and those that wait, until :meth:`stop_draining`."""
         with self._lock:
-            self._draining = True
+            self._drains += 1
             self._empty.clear()
             if not self.in_use:
                 self._empty.set()
@@ -213,11 +214,11 @@ class Gate:
     def stop_draining(self) -> None:
         """Admit units again."""
         with self._lock:
-            self._draining = False
+            self._drains -= 1
 
     def _take(self) -> bool:
         """Take a slot if no one need wait for it; raise if waiting is pointless."""
-        if self._draining:
+        if self._drains:
             self._refuse("it is shutting down (drain() was called)")
         if self.limit is None or self.in_use < self.limit:
             self.in_use += 1
@@ -245,8 +246,9 @@ class Gate:
             self.longest_wait = max(self.longest_wait, waited)
             if waiter.granted:
                 return
-            waiter.queue.remove(waiter)
-            if self._draining:
+            if waiter in waiter.queue:
+                waiter.queue.remove(waiter)
+            if self._drains:
                 self._refuse("it is shutting down (drain() was called)")
             self._refuse(f"none came free in {waited:.1f} s (pool_timeout={self.timeout:g})")
 
@@ -260,28 +262,36 @@ class Gate:
 
     def _pass_on(self) -> None:
         """Hand a slot that has come free to the next in the queue."""
-        # Threads first: each one that waits is missing in the framework's pool.
-        while queue := self._threads or self._tasks:
+        while queue := self._next_queue():
             waiter = queue.popleft()
             waiter.granted = waiter.wake()
             if waiter.granted:
                 self.begun += 1
+                self._thread_was_last = queue is self._threads
                 return
-        self.in_use -= 1
-        if self._draining and not self.in_use:
+        self.in_use = max(0, self.in_use - 1)  # a unit that was open across a fork is not ours
+        if self._drains and not self.in_use:
             self._empty.set()
+
+    def _next_queue(self) -> deque[_Waiter]:
+        # Threads and tasks in turn. Threads first would be right for a framework whose
+        # pool they are missing from, but those that loop would starve the tasks.
+        if self._threads and not (self._tasks and self._thread_was_last):
+            return self._threads
+        return self._tasks
 
     def _refuse(self, why: str) -> None:
         self.refused += 1
         raise PoolBusy(
             f"No connection for a new unit of work: all {self.limit} are in use, and {why}."
-            if not self._draining
+            if not self._drains
             else f"No new unit of work: {why}."
         )
 
 
 _gates: weakref.WeakSet[Gate] = weakref.WeakSet()
-_pools: weakref.WeakKeyDictionary[PooledThreads, _ThreadPool] = weakref.WeakKeyDictionary()
+# By the id of the callable, which the pool keeps alive as long as a gate keeps the pool.
+_pools: weakref.WeakValueDictionary[int, _ThreadPool] = weakref.WeakValueDictionary()
 
 
 def _forget_all() -> None:

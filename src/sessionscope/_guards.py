@@ -2,6 +2,7 @@
 
 import asyncio
 import sys
+import threading
 from collections.abc import Sequence
 from contextvars import ContextVar
 from types import CodeType
@@ -38,12 +39,14 @@ class Scope:
 
     __slots__ = (
         "autocommit",
+        "connection",
         "ended",
         "opened_at",
         "owner",
         "read_only",
         "streams",
         "task",
+        "thread",
         "used",
     )
 
@@ -54,7 +57,9 @@ class Scope:
         self.opened_at = opened_at
         self.read_only = read_only
         self.autocommit = autocommit  # nothing to commit or roll back at its end
+        self.connection: Connection | None = None  # the last one that the session used
         self.task: asyncio.Task[Any] | None = None
+        self.thread = 0
         self.used = False  # a transaction was begun
         self.streams = False  # a read-only unit had to begin a real one, for a server-side cursor
         self.ended = False
@@ -76,13 +81,15 @@ def refuse_nested(owner: object, database: str) -> None:
             raise NestedUnit(
                 f"A unit of work of {database} is open already, opened at "
                 f"{describe(scope.opened_at)}; a second one here would hold one connection and "
-                "wait for another. Pass the session on: fn(session, ...)"
+                "wait for another. Pass the session on, fn(session, ...), to functions that are "
+                "not decorated with with_session()"
             )
 
 
 def enter(scope: Scope) -> None:
     """Make *scope* the current flow's."""
     scope.task = _current_task()
+    scope.thread = threading.get_ident()
     held = _held.get()
     _held.set((*(other for other in held if not other.ended), scope) if held else (scope,))
 
@@ -90,7 +97,7 @@ def enter(scope: Scope) -> None:
 def leave(scope: Scope) -> None:
     """End *scope*, from whichever thread."""
     scope.ended = True
-    scope.task = None
+    scope.task = scope.connection = None
     held = _held.get()
     if held == (scope,):
         _held.set(())
@@ -99,9 +106,10 @@ def leave(scope: Scope) -> None:
 
 
 def _is_same_flow(scope: Scope) -> bool:
-    # No task here, and the scope is visible: the same thread, or one that a task awaits.
-    task = _current_task()
-    return task is None or scope.task is None or scope.task is task
+    if scope.task is None:  # a loop that runs in the unit's own thread blocks the unit
+        return scope.thread == threading.get_ident()
+    # No task here, and the scope is visible: a thread that the unit's task awaits.
+    return _current_task() in (None, scope.task)
 
 
 def _current_task() -> "asyncio.Task[Any] | None":
@@ -121,19 +129,28 @@ def _refuse_after_end(session: Session, transaction: SessionTransaction) -> None
         return
     if scope.ended:
         transaction.close()
+    refuse_ended(session)
+    scope.used = True
+
+
+def refuse_ended(session: Session) -> None:
+    """Raise SessionEnded if *session* is that of a unit of work that has ended."""
+    scope: Scope | None = session.info.get(UNIT)
+    if scope is not None and scope.ended:
         raise SessionEnded(
             f"This session has ended with its unit of work, opened at {describe(scope.opened_at)}. "
             "Code that runs later (a stream, a background task, another thread) opens its own: "
             "with database.begin() as session: ..."
         )
-    scope.used = True
 
 
 def _tell_connection(
     session: Session, transaction: SessionTransaction, connection: Connection
 ) -> None:
-    if UNIT in session.info:
-        connection.info[UNIT] = session.info[UNIT]
+    scope: Scope | None = session.info.get(UNIT)
+    if scope is not None:
+        scope.connection = connection
+        connection.info[UNIT] = scope
 
 
 def _refuse_flush(session: Session, context: object, instances: Sequence[object] | None) -> None:

@@ -10,12 +10,14 @@ nothing for them.
 import logging
 from collections.abc import Callable
 from functools import partial
+from inspect import iscoroutinefunction
 from typing import ParamSpec
 
 from sqlalchemy import Connection, event
 from sqlalchemy.orm import Session, SessionTransaction
 
-from sessionscope._guards import UNIT
+from sessionscope._guards import UNIT, refuse_ended
+from sessionscope.exc import ConfigurationError
 
 _P = ParamSpec("_P")
 _HOOKS = "sessionscope.hooks"
@@ -37,7 +39,7 @@ def after_commit(
     (``join_transaction_mode="rollback_only"``), it is not called, and a warning
     is logged.
     """
-    _hooks(session).add(session, partial(fn, *args, **kwargs), on_commit=True)
+    _add(session, partial(fn, *args, **kwargs), on_commit=True)
 
 
 def after_rollback(
@@ -49,7 +51,7 @@ def after_rollback(
     ended, when the transaction or the savepoint in which it was registered was
     rolled back, or the commit failed.
     """
-    _hooks(session).add(session, partial(fn, *args, **kwargs), on_commit=False)
+    _add(session, partial(fn, *args, **kwargs), on_commit=False)
 
 
 def has_hooks(session: Session) -> bool:
@@ -128,11 +130,17 @@ class _Hooks:
             self.run()
 
 
-def _hooks(session: Session) -> _Hooks:
+def _add(session: Session, call: partial[object], *, on_commit: bool) -> None:
+    refuse_ended(session)
+    if iscoroutinefunction(call.func):
+        raise ConfigurationError(
+            f"The hook {call.func.__qualname__}() is an `async def` function, which no one would "
+            "await: write it with `def`"
+        )
     hooks: _Hooks | None = session.info.get(_HOOKS)
     if hooks is None:
         hooks = session.info[_HOOKS] = _Hooks(session)
-    return hooks
+    hooks.add(session, call, on_commit=on_commit)
 
 
 def _enclosing_savepoint(savepoint: SessionTransaction) -> SessionTransaction | None:

@@ -10,7 +10,7 @@ from sqlalchemy import URL, make_url
 from sqlalchemy import exc as sa_exc
 from sqlalchemy.engine.interfaces import Dialect
 from sqlalchemy.orm import Session
-from sqlalchemy.pool import NullPool, QueuePool
+from sqlalchemy.pool import NullPool, QueuePool, StaticPool
 
 from sessionscope.exc import ConfigurationError
 
@@ -72,6 +72,13 @@ class Options:
                 raise ConfigurationError(
                     f"engine_options has {name!r}: write Database(..., {name}=...) instead"
                 )
+        pool_class = self.engine_options.get("poolclass", QueuePool)
+        allowed = (QueuePool, StaticPool) if self.is_memory else (QueuePool,)
+        if pool_class not in allowed and not issubclass(pool_class, NullPool):
+            raise ConfigurationError(
+                f"engine_options has poolclass={pool_class.__name__}: write NullPool for no pool, "
+                "or leave it out"
+            )
         for name, mend in _OWN_SESSION_OPTIONS.items():
             if name in self.session_options:
                 raise ConfigurationError(f"session_options has {name!r}: {mend}")

@@ -1,10 +1,13 @@
 """The pair of engines: a writing one, a read-only one, and one bound over both."""
 
+import os
 import select
 import threading
+import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from time import monotonic
-from typing import Any
+from typing import Any, Literal
 
 from sqlalchemy import Connection, Engine, create_engine, event, pool
 from sqlalchemy import exc as sa_exc
@@ -16,7 +19,7 @@ from sqlalchemy.util.queue import Empty, Queue
 from sessionscope import _sqlite
 from sessionscope._guards import UNIT
 from sessionscope._options import Options, missing_driver
-from sessionscope.exc import ConfigurationError, ReadOnlyUnit
+from sessionscope.exc import ConfigurationError, PoolBusy, ReadOnlyUnit
 
 # A server, proxy or firewall may drop a connection without a word; one that was
 # idle for longer than this many seconds is pinged before it is used again.
@@ -28,6 +31,10 @@ _READ_ONLY_SWITCH = {
     "mariadb": "SET SESSION TRANSACTION READ ONLY",
     "sqlite": "PRAGMA query_only = 1",
 }
+
+_CLOSING_MILLISECONDS = 100
+
+_PQTRANS_IDLE = 0
 
 _RETURNED_AT = "sessionscope.returned_at"
 _POLLER = "sessionscope.poller"
@@ -47,8 +54,8 @@ class Engines:
         self._views: dict[tuple[bool, str], Engine] = {}
         self.write = _create(options, **_write_options(options))
         if options.is_memory:
-            # One connection is all there is: an AUTOCOMMIT view of it would show
-            # readers what a writer has not committed.
+            # One connection, for one user at a time: an AUTOCOMMIT view of it would
+            # show readers what a writer has not committed.
             _sqlite.prepare_memory(self.write)
             self.read = _sqlite.memory_reader(self.write)
             event.listen(self.read, "before_cursor_execute", _refuse_to_write)
@@ -103,7 +110,10 @@ class _Queue(Queue[ConnectionPoolEntry]):
 class SharedQueuePool(pool.QueuePool):
     """A QueuePool that shares its bound with the pool of another engine."""
 
+    # The pool's logger takes its name from here: with all others, under "sqlalchemy".
+    __module__ = "sqlalchemy.pool"
     _queue_class = _Queue
+    _in_use_at_disposal: int | None = None
     bound: "_Bound | None" = None
 
     def share(self, bound: "_Bound | None") -> None:
@@ -115,29 +125,62 @@ class SharedQueuePool(pool.QueuePool):
     def _do_get(self) -> ConnectionPoolEntry:
         deadline = monotonic() + self._timeout
         while True:
+            seen = self.bound.changes if self.bound is not None else 0
             try:
                 return super()._do_get()
             except _NoRoom:
                 assert self.bound is not None
-                if not self.bound.wait(deadline - monotonic()):
-                    raise sa_exc.TimeoutError(
-                        f"All {self.bound.limit} connections of both engines are in use; none "
-                        f"came free in {self._timeout:g} s (pool_timeout)"
-                    ) from None
+                if self.bound.wait(deadline - monotonic(), seen):
+                    continue
+            except sa_exc.TimeoutError:
+                pass
+            limit = self.bound.limit if self.bound is not None else self.size() + self._max_overflow
+            raise PoolBusy(
+                f"All {limit} connections are in use, by units of work or by users of .engine and "
+                f".sessionmaker; none came free in {self._timeout:g} s (pool_timeout)"
+            )
 
     def _inc_overflow(self) -> bool:
         """Reserve the place of a connection that is about to be opened."""
-        if not super()._inc_overflow():
-            return False
-        if self.bound is not None and not self.bound.make_room():
+        if self.bound is None:
+            return super()._inc_overflow()
+        with self.bound.lock:
+            if not super()._inc_overflow():
+                return False
+            if self.bound.make_room():
+                return True
             super()._dec_overflow()
-            raise _NoRoom
+        raise _NoRoom
+
+    def _dec_overflow(self) -> Literal[True]:
+        super()._dec_overflow()
+        self._notify()
         return True
 
-    def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
-        super()._do_return_conn(record)
+    def _notify(self) -> None:
         if self.bound is not None:
             self.bound.notify()
+
+    def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
+        if self._in_use_at_disposal is not None:
+            record.close()  # no one would take it from here
+            self._in_use_at_disposal -= 1
+            self._notify()
+            return
+        super()._do_return_conn(record)
+        self._notify()
+
+    def dispose(self) -> None:
+        self._in_use_at_disposal = self.checkedout()
+        if self.bound is not None:
+            self.bound.retire(self)
+        super().dispose()
+
+    def count(self) -> int:
+        """Return how many connections the pool has opened and not closed."""
+        if self._in_use_at_disposal is not None:
+            return self._in_use_at_disposal
+        return self.size() + self.overflow()
 
     def recreate(self) -> "SharedQueuePool":
         recreated = super().recreate()
@@ -151,7 +194,7 @@ class SharedQueuePool(pool.QueuePool):
             record = self._pool.get(False)
         except Empty:
             return False
-        record.close()
+        _close_for_good(record)
         self._dec_overflow()
         return True
 
@@ -167,8 +210,10 @@ class _Bound:
         self.limit = limit
         self._engines = engines
         self._demand = demand
-        self._changed = threading.Condition()
-        self._waiting = 0
+        self.lock = threading.RLock()
+        self._changed = threading.Condition(self.lock)
+        self.changes = 0
+        self._retired: weakref.WeakSet[SharedQueuePool] = weakref.WeakSet()
 
     def _pools(self) -> list[SharedQueuePool]:
         # Asked anew each time: Engine.dispose() replaces the pool.
@@ -176,46 +221,81 @@ class _Bound:
 
     def is_in_demand(self) -> bool:
         """Return whether as many units run or wait as there are connections."""
-        return self._demand() >= _count(self._pools())
+        return self._demand() >= self._count()
 
     def make_room(self) -> bool:
         """Close idle connections until the bound holds; return whether it does."""
-        with self._changed:
-            pools = self._pools()
-            while _count(pools) > self.limit:
-                if not any(p.close_one_idle() for p in pools):
-                    return False
+        while self._count() > self.limit:
+            if not any(p.close_one_idle() for p in self._pools()):
+                return False
         return True
 
-    def wait(self, timeout: float) -> bool:
-        """Wait until a connection was given back; return False at the timeout."""
+    def retire(self, disposed: SharedQueuePool) -> None:
+        """Go on counting what is still in use of a pool that the engine has replaced."""
+        self._retired.add(disposed)
+
+    def _count(self) -> int:
+        return sum(p.count() for p in (*self._pools(), *self._retired))
+
+    def wait(self, timeout: float, seen: int) -> bool:
+        """Wait for a change after the *seen* one; return False at the timeout."""
         with self._changed:
-            self._waiting += 1
-            try:
-                return timeout > 0 and self._changed.wait(timeout)
-            finally:
-                self._waiting -= 1
+            return timeout > 0 and self._changed.wait_for(lambda: self.changes != seen, timeout)
 
     def notify(self) -> None:
-        if self._waiting:
-            with self._changed:
-                self._changed.notify_all()
+        """Wake those who wait: a connection was given back or closed."""
+        with self._changed:
+            self.changes += 1
+            self._changed.notify_all()
 
 
-def _count(pools: list[SharedQueuePool]) -> int:
-    return sum(p.size() + p.overflow() for p in pools)
+def _close_for_good(record: ConnectionPoolEntry) -> None:
+    """Close a connection and wait a moment for the server to have closed it, too.
+
+    Otherwise the server would count one connection too many while the next opens.
+    """
+    descriptor = _descriptor(record.driver_connection)
+    if descriptor is None or not hasattr(select, "poll"):
+        record.close()
+        return
+    kept = os.dup(descriptor)  # the driver's own is gone after close()
+    try:
+        record.close()
+        poll = select.poll()
+        poll.register(kept, select.POLLIN)
+        poll.poll(_CLOSING_MILLISECONDS)
+    finally:
+        os.close(kept)
+
+
+def interrupt(driver_connection: Any) -> None:
+    """End the statement, if any, that another thread is running on the connection."""
+    for name in ("cancel_safe", "cancel", "interrupt"):  # psycopg, psycopg2, sqlite3
+        if hasattr(driver_connection, name):
+            with suppress(Exception):
+                getattr(driver_connection, name)()
+            return
 
 
 def _create(options: Options, **settings: Any) -> Engine:
     given = dict(options.engine_options)
+    if options.is_memory or given.get("poolclass") is pool.QueuePool:
+        given.pop("poolclass", None)  # ours is that, and more
     connect_args = {**given.pop("connect_args", {}), **settings.pop("connect_args", {})}
     try:
         return create_engine(options.url, connect_args=connect_args, **{**settings, **given})
     except ImportError as error:
         raise missing_driver(options.url, error) from error
+    except ValueError:
+        # The text is not repeated: it shows the value, which may be a secret.
+        raise ConfigurationError(
+            "create_engine() cannot convert a value in the query part of the URL, or an option"
+        ) from None
     except (TypeError, sa_exc.ArgumentError) as error:
         # SQLAlchemy names the option and never its value.
-        raise ConfigurationError(f"create_engine() refused an option: {error}") from error
+        raise ConfigurationError(
+            f"create_engine() refused the URL or an option: {error}"
+        ) from error
 
 
 def _write_options(options: Options) -> dict[str, Any]:
@@ -238,8 +318,10 @@ def _common_options(options: Options) -> dict[str, Any]:
     if options.is_sqlite:
         settings["connect_args"] = _sqlite.connect_args(options)
     if options.is_memory:
-        settings["poolclass"] = pool.StaticPool
-    elif issubclass(options.engine_options.get("poolclass", pool.QueuePool), pool.QueuePool):
+        settings["pool_size"], settings["max_overflow"] = 1, 0
+        settings["pool_timeout"] = options.pool_timeout
+        settings["poolclass"] = SharedQueuePool
+    elif not issubclass(options.engine_options.get("poolclass", pool.QueuePool), pool.NullPool):
         settings["pool_size"] = options.pool_size
         settings["max_overflow"] = options.max_overflow
         settings["pool_timeout"] = options.pool_timeout
@@ -278,6 +360,8 @@ def _keep_alive(engine: Engine) -> None:
         returned_at = record.info.get(_RETURNED_AT)
         if returned_at is None:  # it has just been opened
             return
+        if _is_in_transaction(record.driver_connection):
+            raise sa_exc.DisconnectionError("it was given back with a transaction open")
         if monotonic() - returned_at > PING_AFTER_IDLE or record.info[_POLLER]():
             _ping(engine, dbapi_connection)
 
@@ -286,17 +370,28 @@ def _keep_alive(engine: Engine) -> None:
     event.listen(engine, "checkout", checked_out)
 
 
+def _is_in_transaction(driver_connection: Any) -> bool:
+    """Return whether psycopg knows of a transaction that a thread began after its unit's end."""
+    libpq = getattr(driver_connection, "pgconn", None)
+    return libpq is not None and libpq.transaction_status != _PQTRANS_IDLE
+
+
 def _poller(driver_connection: Any) -> Callable[[], object]:
     """Return a function that tells whether the connection's socket is readable."""
-    try:
-        descriptor = driver_connection.fileno()
-    except AttributeError:  # no socket to be had: the ping after a pause remains
+    descriptor = _descriptor(driver_connection)
+    if descriptor is None:  # the ping after a pause remains
         return bool
     if not hasattr(select, "poll"):
         return lambda: select.select([descriptor], [], [], 0)[0]
     poll = select.poll()
     poll.register(descriptor, select.POLLIN)
     return lambda: poll.poll(0)
+
+
+def _descriptor(driver_connection: Any) -> int | None:
+    """Return the descriptor of the connection's socket, if the driver shows it."""
+    fileno = getattr(driver_connection, "fileno", None)
+    return fileno() if fileno is not None else None
 
 
 def _ping(engine: Engine, dbapi_connection: DBAPIConnection) -> None:

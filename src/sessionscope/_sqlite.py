@@ -73,7 +73,7 @@ def _prepare(engine: Engine, *, begin: str | None, wal: bool) -> None:
     event.listen(engine, "connect", connected)
     event.listen(engine, "reset", _reset)
     # Not the "begin" event: a listener on the Engine costs more than BEGIN does.
-    engine.dialect.do_begin = do_begin  # type: ignore[method-assign]  # as a subclass would do it
+    engine.dialect.do_begin = do_begin  # type: ignore[method-assign, assignment]  # as a subclass would
 
 
 def _use_wal(driver_connection: sqlite3.Connection) -> None:

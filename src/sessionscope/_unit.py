@@ -1,13 +1,14 @@
 """Unit: the only place where a unit of work begins, commits, rolls back and closes."""
 
 import logging
+from collections.abc import Callable, Collection
 from contextlib import suppress
-from time import monotonic
+from time import monotonic, sleep
 from types import TracebackType
 from typing import Any, Generic, Protocol
 
 from sqlalchemy import Engine
-from sqlalchemy.exc import InvalidRequestError, PendingRollbackError
+from sqlalchemy.exc import IllegalStateChangeError, InvalidRequestError, PendingRollbackError
 from sqlalchemy.orm import Session, sessionmaker
 from typing_extensions import TypeVar
 
@@ -16,7 +17,7 @@ from sessionscope._commit import verify_commits
 from sessionscope._gate import Gate
 from sessionscope._guards import UNIT, Place, Scope, caller, describe
 from sessionscope._options import Options, check_isolation_level
-from sessionscope._pool import Engines
+from sessionscope._pool import Engines, interrupt
 from sessionscope.exc import ConfigurationError, SessionEnded, TransactionDoomed
 
 SessionT = TypeVar("SessionT", bound=Session, default=Session)
@@ -34,6 +35,9 @@ class Source(Generic[SessionT]):
         self.engines = Engines(options, self._demand)
         for engine in {id(e.dialect): e for e in (self.engines.read, self.engines.write)}.values():
             verify_commits(engine, name)
+        # A read-only unit has no transaction to prepare.
+        two_phase = options.session_options.get("twophase", False)
+        self.read_only_overrides = {"twophase": False} if two_phase else {}
         self.sessionmaker = _make_sessionmaker(options, session_class, self.engines.write)
 
     def _demand(self) -> int:
@@ -74,7 +78,16 @@ class Unit(Generic[SessionT]):
     A unit is used once.
     """
 
-    __slots__ = ("_admitted_at", "_bind", "_committed", "_gate", "_scope", "_session", "_source")
+    __slots__ = (
+        "_admitted_at",
+        "_bind",
+        "_committed",
+        "_gate",
+        "_is_open",
+        "_scope",
+        "_session",
+        "_source",
+    )
 
     def __init__(
         self,
@@ -96,6 +109,8 @@ class Unit(Generic[SessionT]):
         self._bind = source.bind(read_only=read_only, isolation_level=isolation_level)
         self._gate = source.gate(read_only=read_only)
         self._session: SessionT | None = None
+        self._admitted_at = 0.0
+        self._is_open = False
         self._committed = False
 
     @property
@@ -120,14 +135,16 @@ class Unit(Generic[SessionT]):
         Opens no connection: that happens at the first statement. Raises PoolBusy,
         NestedUnit.
         """
-        _guards.refuse_nested(self._source, self._source.name)
+        self._refuse_second_use()
         self._gate.admit()
+        self._is_open = True
         self._open()
 
     async def admit_async(self) -> None:
         """Async version of :meth:`admit`: waits on the event loop, without a thread."""
-        _guards.refuse_nested(self._source, self._source.name)
+        self._refuse_second_use()
         await self._gate.admit_async()
+        self._is_open = True
         self._open()
 
     def commit(self) -> None:
@@ -144,7 +161,7 @@ class Unit(Generic[SessionT]):
             self.rollback()
             if isinstance(error, TransactionDoomed):
                 raise
-            raise self._doomed(error) from error
+            raise self._doomed() from error
         except BaseException:
             self.rollback()
             raise
@@ -162,32 +179,63 @@ class Unit(Generic[SessionT]):
             # close() resets the session, and the pool rolls back what it gets back.
             self._log_failure("rollback()")
 
+    def discard(self) -> None:
+        """Roll back by closing the connection, because another thread may be using it.
+
+        For a unit whose flow was cancelled while a thread that it started goes on:
+        that thread's statement is interrupted, and what it sends afterwards is refused
+        instead of reaching the connection's next user. A database in memory, which is
+        its connection, is rolled back only. Never raises.
+        """
+        connection = self._scope.connection
+        self._scope.ended = True
+        if connection is None or self._source.options.is_memory:
+            self.rollback()
+            return
+        with suppress(Exception):
+            interrupt(connection.connection.driver_connection)
+        with suppress(Exception):
+            connection.invalidate()
+
     def close(self) -> None:
         """Give the connection and the slot back, then run the hooks that are due.
 
         What was neither committed nor rolled back is rolled back. Never raises, so
         that it cannot hide an error of yours.
         """
-        if self._session is None or self._scope.ended:
-            return
-        session = self._session
+        if self._give_back():
+            _hooks.run_due(self.session)
+
+    @staticmethod
+    def end_all(units: "Collection[Unit[Any]]", how: "Callable[[Unit[Any]], None]") -> None:
+        """End several units: *how* is ``Unit.commit``, ``Unit.rollback`` or ``Unit.discard``.
+
+        All are flushed before the first one commits; if one fails, those that have not
+        committed yet are rolled back. There is no atomicity across them. Hooks run
+        when all of them are closed.
+        """
         try:
-            if self._scope.used:
-                # Not close(): that would make SQLAlchemy's own error hide SessionEnded.
-                session.reset()
-        except Exception:
-            self._log_failure("close()")
-            with suppress(Exception):
-                session.invalidate()  # its connection may be in use by another thread
+            if how is Unit.commit and len(units) > 1:
+                for unit in units:
+                    unit.session.flush()
+            for unit in units:
+                how(unit)
+        except BaseException:
+            for unit in units:
+                unit.rollback()
+            raise
         finally:
-            _guards.leave(self._scope)
-            used = monotonic() - self._admitted_at
-            self._gate.release(committed=self._committed, used=used)
-        _hooks.run_due(session)
+            closed = [unit for unit in units if unit._give_back()]
+            for unit in closed:
+                _hooks.run_due(unit.session)
 
     def __enter__(self) -> SessionT:
-        self.admit()
-        return self.session
+        try:
+            self.admit()
+            return self.session
+        except BaseException:  # an interrupt, at the worst moment
+            self.close()
+            raise
 
     def __exit__(
         self,
@@ -203,16 +251,62 @@ class Unit(Generic[SessionT]):
         finally:
             self.close()
 
+    def __del__(self) -> None:
+        """Give back what a unit holds that was abandoned without its close()."""
+        if getattr(self, "_is_open", False):
+            self._give_back()
+
+    def _refuse_second_use(self) -> None:
+        if self._session is not None:
+            raise InvalidRequestError("A unit is used once: make another one with begin()")
+        _guards.refuse_nested(self._source, self._source.name)
+
+    def _give_back(self) -> bool:
+        """Close the session and free the slot; return whether there was something to close."""
+        session = self._session
+        if not self._is_open:
+            return False
+        self._is_open = False
+        try:
+            if session is not None and self._scope.used:
+                self._reset(session)
+        finally:
+            _guards.leave(self._scope)
+            used = monotonic() - self._admitted_at
+            self._gate.release(committed=self._committed, used=used)
+        return session is not None
+
+    def _reset(self, session: SessionT) -> None:
+        """Close the session, if need be after another thread has left it."""
+        patience = monotonic() + self._gate.timeout
+        while True:
+            try:
+                # Not close(): that would make SQLAlchemy's own error hide SessionEnded.
+                session.reset()
+            except IllegalStateChangeError:
+                # A thread of a cancelled flow is inside; its next statement is refused.
+                if monotonic() > patience:
+                    break
+                sleep(0.01)
+            except Exception:
+                break
+            else:
+                return
+        self._log_failure("close()")
+        with suppress(Exception):
+            session.invalidate()
+
     def _open(self) -> None:
         self._admitted_at = monotonic()
         try:
-            session = self._source.sessionmaker(bind=self._bind)
+            overrides = self._source.read_only_overrides if self._scope.read_only else {}
+            session = self._source.sessionmaker(bind=self._bind, **overrides)
+            session.info[UNIT] = self._scope
+            self._session = session
+            _guards.enter(self._scope)
         except BaseException:
-            self._gate.release(committed=False, used=0.0)
+            self._give_back()
             raise
-        session.info[UNIT] = self._scope
-        self._session = session
-        _guards.enter(self._scope)
 
     def _commit(self) -> None:
         session = self.session
@@ -241,7 +335,7 @@ class Unit(Generic[SessionT]):
                 "Remove that line: the unit closes its session"
             ) from error
 
-    def _doomed(self, error: PendingRollbackError) -> TransactionDoomed:
+    def _doomed(self) -> TransactionDoomed:
         return TransactionDoomed(
             "This transaction cannot commit (unit of work opened at "
             f"{describe(self._scope.opened_at)}): a flush failed earlier, which rolled it back, "

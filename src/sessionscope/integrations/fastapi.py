@@ -10,6 +10,7 @@ import asyncio
 import inspect
 import logging
 import math
+import os
 import threading
 from collections.abc import (
     AsyncGenerator,
@@ -25,10 +26,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from contextvars import copy_context
 from dataclasses import dataclass
+from time import monotonic
 from typing import Any
 
 from anyio.to_thread import current_default_thread_limiter
-from fastapi import Depends, FastAPI, Request
+from fastapi import Depends, FastAPI, Request, WebSocket
 from fastapi.concurrency import run_in_threadpool
 from fastapi.dependencies.models import Dependant
 from fastapi.dependencies.utils import get_dependant
@@ -44,12 +46,23 @@ _Overrides = Mapping[Callable[..., Any] | None, Callable[..., Any]]
 
 _UNITS = "sessionscope.units"
 _DRAIN_SECONDS = 10.0
+_logged_at: dict[type[Exception], float] = {}
 _log = logging.getLogger("sessionscope")
+
 
 # Units end in threads of their own: in the framework's pool they would queue
 # behind requests that wait for the very connections they hold. There are never
 # more of them at work than units, so the gates are the bound.
-_ending = ThreadPoolExecutor(max_workers=1000, thread_name_prefix="sessionscope-end")
+_ending: ThreadPoolExecutor
+
+
+def _new_executor() -> None:
+    global _ending  # noqa: PLW0603  # a forked child has none of its parent's threads
+    _ending = ThreadPoolExecutor(max_workers=1000, thread_name_prefix="sessionscope-end")
+
+
+_new_executor()
+os.register_at_fork(after_in_child=_new_executor)
 
 
 def session_per_request(database: Database[Any], *, read_only: bool = False) -> Any:
@@ -64,6 +77,7 @@ def session_per_request(database: Database[Any], *, read_only: bool = False) -> 
     several databases, all are flushed before the first one commits; there is no
     atomicity across them.
     """
+    _check_database(database, "session_per_request(database)")
     return Depends(_SessionPerRequest(database, read_only), scope="function")
 
 
@@ -74,6 +88,10 @@ def install(app: FastAPI, *databases: Database[Any]) -> None:
     a handler of its own for them or for a SQLAlchemy error above them. At start-up
     a database that does not answer is a warning, not a failure.
     """
+    if not databases:
+        raise exc.ConfigurationError("install() needs a Database: write install(app, database)")
+    for database in databases:
+        _check_database(database, "install(app, database)")
     _add_lifespan(app, databases)
     for error in (exc.PoolBusy, exc.DatabaseUnavailable):
         if error not in app.exception_handlers:
@@ -102,11 +120,15 @@ class _SessionPerRequest:
         units.update(opened)
         try:
             yield units[self.database].session
+        except asyncio.CancelledError:
+            # A `def` endpoint goes on in its thread, and cannot be waited for here.
+            await _end(opened.values(), Unit.discard)
+            raise
         except BaseException:
-            await _end(opened.values(), _roll_back)
+            await _end(opened.values(), Unit.rollback)
             raise
         else:
-            await _end(opened.values(), _commit)
+            await _end(opened.values(), Unit.commit)
         finally:
             for database in opened:
                 del units[database]
@@ -137,7 +159,7 @@ def _wanted(dependency: _SessionPerRequest, scope: Mapping[str, Any]) -> dict[Da
     dependant = getattr(included, "dependant", None) or getattr(
         scope.get("route"), "dependant", None
     )
-    overrides = getattr(scope.get("app"), "dependency_overrides", None) or {}
+    overrides: _Overrides = getattr(scope.get("app"), "dependency_overrides", None) or {}
     wanted = {dependency.database: dependency.read_only}
     if dependant is not None:
         for other in _walk(dependant, overrides):
@@ -170,36 +192,24 @@ def _walk_call(
         yield from _walk(get_dependant(path=path, call=call), overrides)
 
 
-async def _end(units: Collection[Unit[Any]], end: Callable[[Collection[Unit[Any]]], None]) -> None:
+async def _end(units: Collection[Unit[Any]], how: Callable[[Unit[Any]], None]) -> None:
     """End the units, in a thread if that may wait for a database."""
     if not any(unit.needs_io for unit in units):
-        end(units)
+        Unit.end_all(units, how)
         return
     # Submitted before the first await: a cancellation cannot prevent it.
-    loop = asyncio.get_running_loop()
     context = copy_context()
-    await asyncio.shield(loop.run_in_executor(_ending, lambda: context.run(end, units)))
+    loop = asyncio.get_running_loop()
+    await asyncio.shield(
+        loop.run_in_executor(_ending, lambda: context.run(Unit.end_all, units, how))
+    )
 
 
-def _commit(units: Collection[Unit[Any]]) -> None:
-    try:
-        if len(units) > 1:
-            for unit in units:
-                unit.session.flush()
-        for unit in units:
-            unit.commit()
-    except BaseException:
-        _roll_back(units)
-        raise
-    for unit in units:
-        unit.close()
-
-
-def _roll_back(units: Collection[Unit[Any]]) -> None:
-    for unit in units:
-        unit.rollback()
-    for unit in units:
-        unit.close()
+def _check_database(database: object, usage: str) -> None:
+    if not isinstance(database, Database):
+        raise exc.ConfigurationError(
+            f"{type(database).__name__} is not a sessionscope.Database: write {usage}"
+        )
 
 
 def _add_lifespan(app: FastAPI, databases: Sequence[Database[Any]]) -> None:
@@ -234,13 +244,15 @@ def _warn_if_unavailable(database: Database[Any]) -> None:
         _log.warning("%r does not answer at start-up: %s", database, error)
 
 
-async def _answer_503(request: Request, error: Exception) -> Any:
+async def _answer_503(request: Request | WebSocket, error: Exception) -> Any:
     handler = _handler_of_the_app(request, error)
     if handler is not None:
         if inspect.iscoroutinefunction(handler):
             return await handler(request, error)
         return await run_in_threadpool(handler, request, error)
-    _log.info("%s %s was answered 503: %s", request.method, request.url.path, error)
+    _log_refusal(request, error)
+    if isinstance(request, WebSocket):
+        return await request.close(1013)  # RFC 6455's registry: try again later
     busy = isinstance(error, exc.PoolBusy)
     return JSONResponse(
         {
@@ -252,7 +264,15 @@ async def _answer_503(request: Request, error: Exception) -> Any:
     )
 
 
-def _handler_of_the_app(request: Request, error: Exception) -> Any:
+def _log_refusal(request: HTTPConnection, error: Exception) -> None:
+    """Log at most one refusal per second and kind: under overload there are thousands."""
+    now = monotonic()
+    if now - _logged_at.get(type(error), -1.0) >= 1.0:
+        _logged_at[type(error)] = now
+        _log.warning("%s was refused with 503: %s", request.url.path, error)
+
+
+def _handler_of_the_app(request: HTTPConnection, error: Exception) -> Any:
     """Return the app's handler for a class between the error's own and Exception."""
     for cls in type(error).__mro__:
         if cls is Exception:
