@@ -67,7 +67,7 @@ def run(project: Path, code: str) -> str:
 
 
 def test_the_example_has_all_its_files() -> None:
-    assert set(BLOCKS) == {"database.py", "crud.py", "main.py", "anywhere.py"}
+    assert set(BLOCKS) == {"database.py", "crud.py", "main.py", "anywhere.py", "test_main.py"}
 
 
 @pytest.mark.parametrize("url", SHARED, indirect=True)
@@ -86,6 +86,21 @@ def test_the_web_application_of_the_readme_works(project: Path) -> None:
 @pytest.mark.parametrize("url", SHARED, indirect=True)
 def test_the_script_of_the_readme_works(project: Path) -> None:
     assert run(project, "import anywhere").splitlines() == ["stored pear", "1 items: pear"]
+
+
+@pytest.mark.parametrize("url", ["postgres"], indirect=True)
+def test_the_test_of_the_readme_works_and_leaves_the_real_database_alone(project: Path) -> None:
+    printed = run(
+        project,
+        "from test_main import test_create_item, test_database\n"
+        "from models import Base, Item\n"
+        "from database import database\n"
+        "test_create_item(Base.metadata.create_all)\n"
+        "for each in (database, test_database):\n"
+        "    with each.begin(read_only=True) as session:\n"
+        "        print(session.query(Item).count())\n",
+    )
+    assert printed.splitlines() == ["0", "1"]
 
 
 def test_every_promise_names_a_test_that_exists() -> None:

@@ -198,7 +198,7 @@ def _psycopg2_is_doomed(proxied: PoolProxiedConnection) -> bool:
 
 
 def _sqlite_is_doomed(proxied: PoolProxiedConnection) -> bool:
-    driver_connection: Any = proxied.driver_connection
+    driver_connection: Any = proxied.dbapi_connection
     return _sqlite.BEGAN in proxied.info and not driver_connection.in_transaction
 
 

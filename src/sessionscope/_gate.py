@@ -162,6 +162,13 @@ class Gate:
                 pool.leave()
         self._claim(waiter, started)
 
+    def admit_at_once(self) -> bool:
+        """Take a slot if one is free and no one waits; return whether it was."""
+        if self.limit is not None and self.in_use >= self.limit:
+            return False
+        with self._lock:
+            return self._take()
+
     async def admit_async(self) -> None:
         """Async version of :meth:`admit`: waits without blocking a thread."""
         with self._lock:
@@ -184,7 +191,8 @@ class Gate:
                 self.committed += 1
             else:
                 self.rolled_back += 1
-            self.longest_use = max(self.longest_use, used)
+            if used > self.longest_use:  # max() costs each unit a call
+                self.longest_use = used
             self._pass_on()
 
     def limit_waiting_threads(self, threads: PooledThreads) -> None:
@@ -262,7 +270,7 @@ class Gate:
 
     def _pass_on(self) -> None:
         """Hand a slot that has come free to the next in the queue."""
-        while queue := self._next_queue():
+        while (self._threads or self._tasks) and (queue := self._next_queue()):
             waiter = queue.popleft()
             waiter.granted = waiter.wake()
             if waiter.granted:

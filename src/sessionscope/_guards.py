@@ -129,7 +129,7 @@ def _refuse_after_end(session: Session, transaction: SessionTransaction) -> None
         return
     if scope.ended:
         transaction.close()
-    refuse_ended(session)
+        refuse_ended(session)
     scope.used = True
 
 

@@ -56,6 +56,8 @@ class Engines:
         if options.is_memory:
             # One connection, for one user at a time: an AUTOCOMMIT view of it would
             # show readers what a writer has not committed.
+            assert isinstance(self.write.pool, MemoryPool)
+            self.write.pool.timeout = min(options.pool_timeout, threading.TIMEOUT_MAX)
             _sqlite.prepare_memory(self.write)
             self.read = _sqlite.memory_reader(self.write)
             event.listen(self.read, "before_cursor_execute", _refuse_to_write)
@@ -123,18 +125,19 @@ class SharedQueuePool(pool.QueuePool):
         self._pool.bound = bound
 
     def _do_get(self) -> ConnectionPoolEntry:
-        deadline = monotonic() + self._timeout
+        bound = self.bound
+        started = monotonic()
         while True:
-            seen = self.bound.changes if self.bound is not None else 0
+            seen = bound.changes if bound is not None else 0
             try:
                 return super()._do_get()
             except _NoRoom:
-                assert self.bound is not None
-                if self.bound.wait(deadline - monotonic(), seen):
+                left = started + self._timeout - monotonic()
+                if bound is not None and bound.wait(left, seen):
                     continue
             except sa_exc.TimeoutError:
                 pass
-            limit = self.bound.limit if self.bound is not None else self.size() + self._max_overflow
+            limit = bound.limit if bound is not None else self.size() + self._max_overflow
             raise PoolBusy(
                 f"All {limit} connections are in use, by units of work or by users of .engine and "
                 f".sessionmaker; none came free in {self._timeout:g} s (pool_timeout)"
@@ -197,6 +200,42 @@ class SharedQueuePool(pool.QueuePool):
         _close_for_good(record)
         self._dec_overflow()
         return True
+
+
+class MemoryPool(pool.StaticPool):
+    """The one connection of a database in memory, for one user at a time.
+
+    A second user would share the transaction of the first, and end it.
+    """
+
+    __module__ = "sqlalchemy.pool"
+    timeout = 0.0
+
+    def __init__(self, *args: Any, **kw: Any) -> None:
+        super().__init__(*args, **kw)
+        self._lock = threading.Lock()
+
+    def _do_get(self) -> ConnectionPoolEntry:
+        if not self._lock.acquire(timeout=self.timeout):
+            raise PoolBusy(
+                "The connection of the database in memory is in use, by a unit of work or by a "
+                f"user of .engine or .sessionmaker; it did not come free in {self.timeout:g} s"
+            )
+        try:
+            return super()._do_get()
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
+        super()._do_return_conn(record)
+        self._lock.release()
+
+    def recreate(self) -> "MemoryPool":
+        recreated = super().recreate()
+        assert isinstance(recreated, MemoryPool)
+        recreated.timeout = self.timeout
+        return recreated
 
 
 class _NoRoom(Exception):
@@ -318,9 +357,7 @@ def _common_options(options: Options) -> dict[str, Any]:
     if options.is_sqlite:
         settings["connect_args"] = _sqlite.connect_args(options)
     if options.is_memory:
-        settings["pool_size"], settings["max_overflow"] = 1, 0
-        settings["pool_timeout"] = options.pool_timeout
-        settings["poolclass"] = SharedQueuePool
+        settings["poolclass"] = MemoryPool
     elif not issubclass(options.engine_options.get("poolclass", pool.QueuePool), pool.NullPool):
         settings["pool_size"] = options.pool_size
         settings["max_overflow"] = options.max_overflow

@@ -71,7 +71,7 @@ def _prepare(engine: Engine, *, begin: str | None, wal: bool) -> None:
             _begin(proxied, statement)
 
     event.listen(engine, "connect", connected)
-    event.listen(engine, "reset", _reset)
+    event.listen(engine, "checkin", _restore)
     # Not the "begin" event: a listener on the Engine costs more than BEGIN does.
     engine.dialect.do_begin = do_begin  # type: ignore[method-assign, assignment]  # as a subclass would
 
@@ -84,18 +84,20 @@ def _use_wal(driver_connection: sqlite3.Connection) -> None:
 
 
 def _begin(proxied: PoolProxiedConnection, statement: str) -> None:
-    driver_connection: Any = proxied.driver_connection
+    driver_connection: Any = proxied.dbapi_connection
     driver_connection.execute(statement)
     proxied.info[BEGAN] = True
     if _QUERY_ONLY in proxied.info:
         driver_connection.execute("PRAGMA query_only = 1")
 
 
-def _reset(driver_connection: Any, record: ConnectionPoolEntry, state: object) -> None:
+def _restore(driver_connection: Any, record: ConnectionPoolEntry) -> None:
     """Give the next user a connection as it was opened."""
     info = record.info
     info.pop(_BEGIN, None)
     info.pop(BEGAN, None)
+    if driver_connection is None:  # it was closed
+        return
     if driver_connection.in_transaction:
         # After a COMMIT that failed SQLite keeps the transaction open.
         driver_connection.rollback()

@@ -22,6 +22,9 @@ from sessionscope.exc import ConfigurationError, SessionEnded, TransactionDoomed
 
 SessionT = TypeVar("SessionT", bound=Session, default=Session)
 
+# In hundredths of a second; the thread is inside one call of the session's.
+_PATIENCE_FOR_A_THREAD = 500
+
 _log = logging.getLogger("sessionscope")
 
 
@@ -123,11 +126,10 @@ class Unit(Generic[SessionT]):
     @property
     def needs_io(self) -> bool:
         """Whether ending the unit now may wait for the database, or runs hooks."""
-        session = self.session
-        if _hooks.has_hooks(session):
-            return True
         scope = self._scope
-        return scope.used and (not scope.autocommit or scope.streams)
+        if scope.used and (not scope.autocommit or scope.streams):
+            return True
+        return _hooks.has_hooks(self.session)
 
     def admit(self) -> None:
         """Wait for a slot, blocking this thread, and make the session.
@@ -143,7 +145,8 @@ class Unit(Generic[SessionT]):
     async def admit_async(self) -> None:
         """Async version of :meth:`admit`: waits on the event loop, without a thread."""
         self._refuse_second_use()
-        await self._gate.admit_async()
+        if not self._gate.admit_at_once():
+            await self._gate.admit_async()
         self._is_open = True
         self._open()
 
@@ -232,7 +235,8 @@ class Unit(Generic[SessionT]):
     def __enter__(self) -> SessionT:
         try:
             self.admit()
-            return self.session
+            assert self._session is not None
+            return self._session
         except BaseException:  # an interrupt, at the worst moment
             self.close()
             raise
@@ -278,20 +282,24 @@ class Unit(Generic[SessionT]):
 
     def _reset(self, session: SessionT) -> None:
         """Close the session, if need be after another thread has left it."""
-        patience = monotonic() + self._gate.timeout
-        while True:
-            try:
-                # Not close(): that would make SQLAlchemy's own error hide SessionEnded.
+        try:
+            # Not close(): that would make SQLAlchemy's own error hide SessionEnded.
+            session.reset()
+        except IllegalStateChangeError:
+            self._reset_once_left(session)
+        except Exception:
+            self._throw_away(session)
+
+    def _reset_once_left(self, session: SessionT) -> None:
+        # A thread of a cancelled flow is inside; its next statement is refused.
+        for _ in range(_PATIENCE_FOR_A_THREAD):
+            sleep(0.01)
+            with suppress(IllegalStateChangeError):
                 session.reset()
-            except IllegalStateChangeError:
-                # A thread of a cancelled flow is inside; its next statement is refused.
-                if monotonic() > patience:
-                    break
-                sleep(0.01)
-            except Exception:
-                break
-            else:
                 return
+        self._throw_away(session)
+
+    def _throw_away(self, session: SessionT) -> None:
         self._log_failure("close()")
         with suppress(Exception):
             session.invalidate()
