@@ -194,7 +194,7 @@ def _walk_call(
 
 async def _end(units: Collection[Unit[Any]], how: Callable[[Unit[Any]], None]) -> None:
     """End the units, in a thread if that may wait for a database."""
-    if not any([unit.needs_io for unit in units]):
+    if not any(unit.needs_io for unit in units):
         Unit.end_all(units, how)
         return
     # Submitted before the first await: a cancellation cannot prevent it.
