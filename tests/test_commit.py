@@ -316,3 +316,30 @@ def test_an_interrupt_during_commit_is_an_interrupt(
             raise KeyboardInterrupt
 
         monkeypatch.setattr(driver_connection, "commit", commit)
+
+
+def test_an_error_that_its_savepoint_undid_is_not_blamed(postgres: Database) -> None:
+    with pytest.raises(TransactionDoomed) as caught, postgres.begin() as session:
+        in_a_savepoint(session)
+        with pytest.raises(Exception, match="something_else"):
+            session.connection().connection.cursor().execute("SELECT something_else")
+    assert "no_such_table" not in str(caught.value)
+
+
+def test_a_swallowed_loss_of_the_connection_is_called_that(postgres: Database) -> None:
+    with pytest.raises(TransactionDoomed, match="its connection was lost"):
+        with postgres.begin() as session:
+            session.add(Item(name="lost"))
+            session.flush()
+            swallow(session, "SELECT pg_terminate_backend(pg_backend_pid())")
+
+    assert names(postgres) == []
+
+
+def test_the_connection_of_a_refused_commit_is_usable_at_once(postgres: Database) -> None:
+    with postgres.sessionmaker() as session:
+        swallow(session, "SELECT * FROM no_such_table")
+        with pytest.raises(TransactionDoomed):
+            session.commit()
+    with postgres.sessionmaker() as session:
+        assert session.scalar(text("SELECT 1")) == 1

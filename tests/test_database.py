@@ -6,7 +6,8 @@ import threading
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import Annotated
+from functools import partial
+from typing import Annotated, get_type_hints
 
 import pytest
 import sqlmodel
@@ -243,6 +244,7 @@ def test_drain_waits_for_the_units_at_work_and_refuses_new_ones(postgres: Databa
         assert draining.result(10) is True
         working.result(10)
 
+    assert postgres.stats().idle == 0
     assert names(postgres) == ["finished"]  # it works again
 
 
@@ -275,7 +277,7 @@ def test_the_with_block_disposes(postgres_url: str) -> None:
     assert database.stats().idle == 0
 
 
-def test_ping_returns_nothing_or_raises(database: Database) -> None:
+def test_ping_costs_one_unit(database: Database) -> None:
     database.ping()
     assert database.stats().in_use == 0
 
@@ -287,3 +289,15 @@ def test_begin_in_a_coroutine_takes_a_free_slot(database: Database) -> None:
 
     asyncio.run(main())
     assert names(database) == ["one"]
+
+
+def test_with_session_takes_a_partial(database: Database) -> None:
+    entry = database.with_session()(partial(add, suffix="!"))
+    assert entry(name="one") == "one!"
+
+
+def test_annotations_of_an_entry_point_can_be_read_from_anywhere(database: Database) -> None:
+    def entry(session: "Session", item: "Item") -> "Item":
+        return item
+
+    assert get_type_hints(database.with_session()(entry)) == {"item": Item, "return": Item}

@@ -6,6 +6,7 @@ import threading
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
+from contextvars import ContextVar
 from typing import Annotated, Any
 
 import anyio
@@ -370,6 +371,7 @@ def test_two_test_clients_in_a_row_work(app: FastAPI, database: Database) -> Non
     for name in ("one", "two"):
         with TestClient(app) as client:
             assert client.post(f"/{name}").status_code == 200
+        assert database.stats().idle == 0
     assert sorted(names(database)) == ["one", "two"]
 
 
@@ -914,6 +916,41 @@ def test_wrong_arguments_name_the_line_to_write(database: Database) -> None:
             wrong()
 
 
+def test_a_refused_second_database_leaves_no_slot_of_the_first(
+    postgres: Database, sqlite_url: str
+) -> None:
+    with Database(sqlite_url, pool_size=1, max_overflow=0, pool_timeout=0) as full:
+        app = FastAPI()
+        install(app, postgres, full)
+
+        @app.get("/")
+        def read(
+            a: Annotated[Session, session_per_request(postgres)],
+            b: Annotated[Session, session_per_request(full)],
+        ) -> None: ...
+
+        with held(full):
+            assert TestClient(app).get("/").status_code == 503
+        assert postgres.stats().in_use == 0
+        assert TestClient(app).get("/").status_code == 200
+
+
+def test_a_hook_sees_the_requests_context(database: Database) -> None:
+    """As a trace id must: the unit ends in another thread."""
+    app = FastAPI()
+    trace: ContextVar[str] = ContextVar("trace", default="none")
+    seen: list[str] = []
+
+    @app.post("/")
+    async def create(session: Annotated[Session, session_per_request(database)]) -> None:
+        trace.set("this request")
+        session.add(Item(name="pear"))
+        after_commit(session, lambda: seen.append(trace.get()))
+
+    assert TestClient(app).post("/").status_code == 200
+    assert seen == ["this request"]
+
+
 CLIENTS = 200
 
 
@@ -985,7 +1022,7 @@ def test_ending_units_use_no_thread_of_the_framework(crowd: FastAPI, postgres: D
     @crowd.get("/hold")
     def hold() -> None:
         holding.wait(10)
-        leave.wait(20)
+        leave.wait(60)
 
     @crowd.post("/write")
     async def write(session: Annotated[Session, session_per_request(postgres)]) -> str:
@@ -1001,7 +1038,8 @@ def test_ending_units_use_no_thread_of_the_framework(crowd: FastAPI, postgres: D
             holders = [asyncio.create_task(client.get("/hold")) for _ in range(40)]
             await asyncio.to_thread(holding.wait, 10)
             try:
-                assert (await client.post("/write")).status_code == 200
+                written = await asyncio.wait_for(client.post("/write"), 10)
+                assert written.status_code == 200
             finally:
                 leave.set()
             await asyncio.gather(*holders)

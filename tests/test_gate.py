@@ -3,6 +3,7 @@
 import asyncio
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -26,12 +27,11 @@ def threads() -> Iterator[ThreadPoolExecutor]:
 
 def wait_until(condition: Callable[[], bool]) -> None:
     """Wait for what another thread is about to do, by looking at the gate itself."""
-    seen = threading.Event()
-    for _ in range(int(PATIENCE / 0.001)):
-        if condition():
-            return
-        seen.wait(0.001)
-    pytest.fail("it never happened")
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        if time.monotonic() > deadline:
+            pytest.fail("it never happened")
+        time.sleep(0)  # lets the other thread run
 
 
 def release(gate: Gate) -> None:
@@ -322,7 +322,7 @@ def test_the_database_takes_the_thread_rule(sqlite: Database) -> None:
         session.flush()
         with ThreadPoolExecutor(1) as executor:
             waits = executor.submit(lambda: sqlite.begin().__enter__())
-            with pytest.raises(PoolBusy):
+            with pytest.raises(PoolBusy, match="0 threads already wait"):
                 waits.result(PATIENCE)
 
 
@@ -354,9 +354,11 @@ def test_a_forked_child_starts_with_an_empty_gate() -> None:
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
-        gate.admit()
-        os.write(writer, b"admitted")
-        os._exit(0)
+        try:
+            gate.admit()
+            os.write(writer, b"admitted")
+        finally:
+            os._exit(0)
     os.waitpid(child, 0)
     os.set_blocking(reader, False)
     assert os.read(reader, 100) == b"admitted"
@@ -407,3 +409,30 @@ def test_a_unit_that_was_open_across_a_fork_is_not_the_childs() -> None:
     gate.forget()
     release(gate)
     assert gate.in_use == 0
+
+
+async def test_threads_and_tasks_take_turns(threads: ThreadPoolExecutor) -> None:
+    """Threads first would starve tasks; tasks first would keep a framework's threads waiting."""
+    gate = Gate(1, PATIENCE)
+    gate.admit()
+    order: list[str] = []
+
+    def in_a_thread() -> None:
+        gate.admit()
+        order.append("thread")
+        release(gate)
+
+    async def in_a_task() -> None:
+        await gate.admit_async()
+        order.append("task")
+        release(gate)
+
+    tasks = [asyncio.create_task(in_a_task()) for _ in range(2)]
+    while gate.waiting < 2:
+        await asyncio.sleep(0)
+    futures = [threads.submit(in_a_thread) for _ in range(2)]
+    while gate.waiting < 4:
+        await asyncio.sleep(0)
+    release(gate)
+    await asyncio.gather(*tasks, *map(asyncio.wrap_future, futures))
+    assert order in (["thread", "task", "thread", "task"], ["task", "thread", "task", "thread"])

@@ -1,6 +1,7 @@
 """Bad input: one clear error that names the mend and tells no secret."""
 
 import os
+import pickle
 import subprocess
 import sys
 import traceback
@@ -13,9 +14,10 @@ import pytest
 from sqlalchemy import URL, text
 from sqlalchemy import exc as sa_exc
 from sqlalchemy.orm import Session
+from sqlalchemy.pool import SingletonThreadPool
 
 from sessionscope import Database
-from sessionscope.exc import ConfigurationError, DatabaseUnavailable, SessionScopeError
+from sessionscope.exc import ConfigurationError, DatabaseUnavailable, PoolBusy, SessionScopeError
 from sessionscope.testing import PostgresServer
 
 SECRET = "s3cr3t"
@@ -83,6 +85,8 @@ def test_a_missing_driver_names_the_line_that_installs_it() -> None:
         ({"pool_timeout": None}, "pool_timeout=None"),
         ({"max_waiting": -1}, "max_waiting=-1"),
         ({"isolation_level": "serializable"}, "write one of AUTOCOMMIT"),
+        ({"isolation_level": "AUTOCOMMIT"}, 'begin(isolation_level="AUTOCOMMIT")'),
+        ({"engine_options": {"poolclass": SingletonThreadPool}}, "write NullPool for no pool"),
         ({"session_class": int}, "not a subclass of sqlalchemy.orm.Session"),
         ({"session_class": Session()}, "not a subclass of sqlalchemy.orm.Session"),
         ({"engine_options": {"pool_size": 3}}, "write Database(..., pool_size=...)"),
@@ -164,12 +168,15 @@ def world_readable() -> Iterator[Path]:
         yield Path(folder)
 
 
-def test_repr_errors_and_stats_hide_the_password() -> None:
-    url = f"postgresql://user:{SECRET}@host/db?sslpassword={SECRET}"
+def test_repr_and_errors_hide_the_password() -> None:
+    url = f"postgresql://user:{SECRET}@127.0.0.1:1/db?sslpassword={SECRET}"
     database = Database(url)
     assert SECRET not in repr(database)
-    assert SECRET not in str(database.stats())
-    assert repr(database).startswith("Database('postgresql+psycopg://user:***@host/db")
+    with pytest.raises(DatabaseUnavailable) as caught:
+        database.ping()
+    assert SECRET not in "".join(traceback.format_exception(caught.value))
+    assert "sqlalche.me" not in str(caught.value)
+    assert repr(database).startswith("Database('postgresql+psycopg://user:***@127.0.0.1:1/db")
 
 
 def test_postgresql_means_psycopg_3() -> None:
@@ -197,3 +204,10 @@ def test_from_env_without_a_value(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def list_tables(session: Session) -> None:
     session.connection()
+
+
+def test_errors_survive_a_process_boundary() -> None:
+    """As the result of a task in another process does."""
+    for error in (PoolBusy("busy"), DatabaseUnavailable("down", OSError("refused"))):
+        copy = pickle.loads(pickle.dumps(error))
+        assert (type(copy), str(copy), copy.retry_after) == (type(error), str(error), 1.0)

@@ -93,9 +93,9 @@ def test_the_test_of_the_readme_works_and_leaves_the_real_database_alone(project
     printed = run(
         project,
         "from test_main import test_create_item, test_database\n"
-        "from models import Base, Item\n"
+        "from models import Item\n"
         "from database import database\n"
-        "test_create_item(Base.metadata.create_all)\n"
+        "test_create_item()\n"
         "for each in (database, test_database):\n"
         "    with each.begin(read_only=True) as session:\n"
         "        print(session.query(Item).count())\n",

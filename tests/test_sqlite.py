@@ -105,7 +105,13 @@ def test_memory_is_one_database_for_all_threads() -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["sqlite://", "sqlite:///:memory:", "sqlite:///file:x?mode=memory&cache=shared&uri=true"]
+    "url",
+    [
+        "sqlite://",
+        "sqlite:///:memory:",
+        "sqlite:///file::memory:?uri=true",
+        "sqlite:///file:x?mode=memory&cache=shared&uri=true",
+    ],
 )
 @pytest.mark.filterwarnings("ignore:Selection of the:sqlalchemy.exc.SADeprecationWarning")
 def test_every_spelling_of_memory_keeps_its_rows(url: str) -> None:
@@ -164,6 +170,10 @@ def test_sqlalchemys_own_isolation_option_does_not_poison_the_pool(sqlite: Datab
     with sqlite.begin() as session:
         session.connection(execution_options={"isolation_level": "SERIALIZABLE"})
         session.scalars(select(Item)).all()
+    with sqlite.begin() as session:
+        driver_connection = session.connection().connection.driver_connection
+        assert driver_connection is not None
+        assert driver_connection.isolation_level is None
     with pytest.raises(ValueError, match="stop"), sqlite.begin() as session:
         session.execute(text("CREATE TABLE made (id INTEGER)"))
         raise ValueError("stop")
@@ -195,3 +205,9 @@ def test_a_plain_connection_in_memory_waits_for_the_unit_and_never_mixes_with_it
                 database.engine.connect()
             session.add(Item(name="two"))
         assert names(database) == ["one", "two"]
+
+
+def test_the_users_own_busy_timeout_wins(sqlite_url: str) -> None:
+    options = {"connect_args": {"timeout": 30}}
+    with Database(sqlite_url, engine_options=options) as database, database.begin() as session:
+        assert session.scalar(text("PRAGMA busy_timeout")) == 30000

@@ -381,3 +381,36 @@ def test_discard_closes_the_connection_that_another_thread_uses(postgres: Databa
     assert names(postgres) == ["next"]
     assert postgres.stats().in_use == 0
     sleeping.shutdown()
+
+
+def test_refusing_a_second_entry_leaves_the_first_alone(database: Database) -> None:
+    unit = database.begin()
+    with unit as session:
+        with pytest.raises(sa_exc.InvalidRequestError, match="used once"):
+            unit.__enter__()
+        session.add(Item(name="kept"))
+    assert names(database) == ["kept"]
+
+
+def test_closing_waits_for_a_thread_that_is_inside_the_session(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a cancelled request leaves behind: the connection still comes back."""
+    unit = Unit(database)
+    unit.admit()
+    unit.session.execute(text("SELECT 1"))
+    reset = unit.session.reset
+    attempts: list[int] = []
+
+    def busy_twice() -> None:
+        attempts.append(1)
+        if len(attempts) < 3:
+            raise sa_exc.IllegalStateChangeError("in use by another thread")
+        reset()
+
+    monkeypatch.setattr(unit.session, "reset", busy_twice)
+    unit.close()
+
+    assert len(attempts) == 3
+    assert database.stats().in_use == 0
+    assert names(database) == []

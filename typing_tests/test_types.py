@@ -24,6 +24,10 @@ assert_type(plain.stats(), Stats)
 assert_type(plain.drain(1.0), bool)
 assert_type(Database.from_env(), Database[Session])
 
+assert_type(
+    Database[MySession].from_env(default="sqlite://", session_class=MySession), Database[MySession]
+)
+
 custom = Database("sqlite://", session_class=MySession)
 assert_type(custom, Database[MySession])
 

@@ -39,6 +39,7 @@ def verify_commits(engine: Engine, database: str) -> None:
     dialect = engine.dialect
     is_doomed = _IS_DOOMED.get((dialect.name, dialect.driver), _is_never_doomed)
     send_commit = dialect.do_commit
+    to_savepoint = dialect.do_rollback_to_savepoint
 
     def do_commit(proxied: PoolProxiedConnection) -> None:
         if is_doomed(proxied):
@@ -49,6 +50,11 @@ def verify_commits(engine: Engine, database: str) -> None:
         proxied.info[_COMMITTING] = True
         send_commit(proxied)
         del proxied.info[_COMMITTING]
+
+    def do_rollback_to_savepoint(connection: Connection, name: str) -> None:
+        to_savepoint(connection, name)
+        # What failed inside of the savepoint is undone, and not to blame for what fails later.
+        connection.connection.info.pop(_SUSPECT, None)
 
     def failed(context: ExceptionContext) -> BaseException | None:
         if context.connection is None:
@@ -64,6 +70,7 @@ def verify_commits(engine: Engine, database: str) -> None:
     # Any listener on an Engine makes each Connection build a dispatcher for every
     # event that it passes, which costs a read unit a third of its instructions.
     dialect.do_commit = do_commit  # type: ignore[method-assign, assignment]  # as a subclass would
+    dialect.do_rollback_to_savepoint = do_rollback_to_savepoint  # type: ignore[method-assign]  # likewise
     event.listen(engine, "handle_error", failed)
     event.listen(engine, "checkin", returned)
 

@@ -6,7 +6,7 @@ from time import monotonic
 from types import MappingProxyType, TracebackType
 from typing import Any, Concatenate, Generic, ParamSpec, Protocol, Self, TypeVar, overload
 
-from sqlalchemy import URL, Engine
+from sqlalchemy import URL, Engine, literal, select
 from sqlalchemy.orm import Session, sessionmaker
 
 from sessionscope._entry import entry_point, finished, place_of
@@ -45,9 +45,11 @@ class Database(Generic[SessionT]):
     and the read-only engine together, and with them the units of work that run
     at once. *pool_timeout* is how many seconds a unit waits for its turn before
     PoolBusy is raised, *max_waiting* how many units may wait (``None``: any
-    number, for that time). *isolation_level* is one of SQLAlchemy's names.
-    *engine_options* and *session_options* go to ``create_engine()`` and to
-    ``sessionmaker()``. Raises ConfigurationError.
+    number, for that time). ``pool_size=0`` or ``max_overflow=-1``: no bound.
+    *isolation_level* is that of writing units, one of SQLAlchemy's names; SQLite's
+    are all serializable. Sessions are of *session_class*. *engine_options* and
+    *session_options* go to ``create_engine()``, which here hides SQL parameters, and
+    to ``sessionmaker()``. Raises ConfigurationError.
     """
 
     def __init__(
@@ -84,8 +86,9 @@ class Database(Generic[SessionT]):
     ) -> Self:
         """Return a Database for the URL in an environment variable.
 
-        *options* are those of ``Database()``. Raises ConfigurationError if the
-        variable is not set and there is no *default*.
+        *options* are those of ``Database()``. For another session class a type checker
+        wants ``Database[MySession].from_env(session_class=MySession)``. Raises
+        ConfigurationError if the variable is not set and there is no *default*.
         """
         return cls(url_from_env(variable, default), **options)
 
@@ -129,8 +132,10 @@ class Database(Generic[SessionT]):
         A writing unit waits for three round trips plus one per statement after the
         first; a *read_only* one for one per SELECT. *isolation_level* is for this
         unit; on a read-only one ``"REPEATABLE READ"`` gives a snapshot, which needs
-        a real transaction. Raises PoolBusy, NestedUnit, DatabaseUnavailable, and at
-        the end what commit raises: TransactionDoomed, CommitUnknown.
+        a real transaction. Raises ConfigurationError at once; PoolBusy and NestedUnit
+        when the block begins; DatabaseUnavailable at the first statement; and at the end
+        what ``Unit.commit()`` raises: TransactionDoomed, CommitUnknown, SessionEnded,
+        ReadOnlyUnit, and what flush() and COMMIT raise.
         """
         return Unit(
             self,
@@ -142,7 +147,10 @@ class Database(Generic[SessionT]):
     def run(
         self, fn: Callable[Concatenate[SessionT, _P], _R], /, *args: _P.args, **kwargs: _P.kwargs
     ) -> _R:
-        """Return ``fn(session, *args, **kwargs)``, run as one unit of work."""
+        """Return ``fn(session, *args, **kwargs)``, run as one unit of work.
+
+        Raises what *fn* raises, and what ``begin()`` raises.
+        """
         return self._run(fn, args, kwargs)
 
     def with_session(
@@ -168,13 +176,10 @@ class Database(Generic[SessionT]):
     def ping(self) -> None:
         """Make one round trip to the database, as a unit of work.
 
-        Raises DatabaseUnavailable, PoolBusy.
+        Raises DatabaseUnavailable, PoolBusy, NestedUnit.
         """
         with Unit(self, read_only=True) as session:
-            connection = session.connection()
-            proxied = connection.connection
-            assert proxied.dbapi_connection is not None
-            connection.dialect.do_ping(proxied.dbapi_connection)
+            session.execute(select(literal(1)))
 
     def stats(self) -> Stats:
         """Return what the Database is doing now and has done so far. Costs no I/O."""
@@ -225,7 +230,10 @@ class Database(Generic[SessionT]):
         return ended
 
     def dispose(self) -> None:
-        """Close the connections that are not in use; later units open new ones."""
+        """Close the connections that are not in use; later units open new ones.
+
+        A database in memory is lost with its connection.
+        """
         self._source.engines.dispose()
 
     def _run(

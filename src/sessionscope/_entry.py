@@ -8,7 +8,7 @@ from typing import Any
 from sessionscope._guards import Place
 from sessionscope.exc import ConfigurationError
 
-# Runs fn, which awaits a session as its first argument, as one unit of work.
+# Runs fn, which takes a session as its first argument, as one unit of work.
 Runner = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
 
@@ -34,13 +34,12 @@ def entry_point(fn: Callable[..., Any], run: Runner) -> Callable[..., Any]:
     wrapper = call_method if is_method else call
     session = parameters.pop(position)
     for name in ("__module__", "__name__", "__qualname__", "__doc__"):
-        setattr(wrapper, name, getattr(fn, name, None))
+        if hasattr(fn, name):
+            setattr(wrapper, name, getattr(fn, name))
     wrapper.__annotations__ = {
-        name: value
-        for name, value in getattr(fn, "__annotations__", {}).items()
-        if name != session.name
+        name: value for name, value in _annotations(signature).items() if name != session.name
     }
-    wrapper.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    wrapper.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]  # typeshed knows no such attribute
     return wrapper
 
 
@@ -93,6 +92,12 @@ def _evaluated_signature(fn: Callable[..., Any]) -> inspect.Signature:
         return inspect.signature(fn, eval_str=True)
     except NameError:
         return inspect.signature(fn)
+
+
+def _annotations(signature: inspect.Signature) -> dict[str, Any]:
+    annotations = {name: each.annotation for name, each in signature.parameters.items()}
+    annotations["return"] = signature.return_annotation
+    return {name: each for name, each in annotations.items() if each is not signature.empty}
 
 
 def _name(fn: Callable[..., Any]) -> str:

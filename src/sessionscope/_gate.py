@@ -89,6 +89,10 @@ class _ThreadPool:
     def __init__(self, threads: PooledThreads) -> None:
         self.threads = threads
         self.slots = 0
+        self.forget()
+
+    def forget(self) -> None:
+        """Start anew with no one waiting: what a forked child must do."""
         self._waiting = 0
         self._lock = threading.Lock()
 
@@ -163,7 +167,7 @@ class Gate:
         self._claim(waiter, started)
 
     def admit_at_once(self) -> bool:
-        """Take a slot if one is free and no one waits; return whether it was."""
+        """Take a slot if one is free; return whether it was. Raises PoolBusy while draining."""
         if self.limit is not None and self.in_use >= self.limit:
             return False
         with self._lock:
@@ -185,7 +189,7 @@ class Gate:
         self._claim(waiter, started)
 
     def release(self, *, committed: bool, used: float) -> None:
-        """Give a slot back, to the first in the queue if there is one."""
+        """Give a slot back that was *used* for so many seconds, to the next in the queue."""
         with self._lock:
             if committed:
                 self.committed += 1
@@ -201,9 +205,10 @@ class Gate:
         Gates that are given the same callable count as one.
         """
         with self._lock:
-            pool = _pools.setdefault(id(threads), _ThreadPool(threads))
-            pool.slots += self.limit or 0
-            self._pool = pool
+            pool = _pools.setdefault(threads, _ThreadPool(threads))
+            if pool is not self._pool:
+                pool.slots += self.limit or 0
+                self._pool = pool
 
     def start_draining(self) -> None:
         """Refuse new units and those that wait, until :meth:`stop_draining`."""
@@ -258,7 +263,10 @@ class Gate:
                 waiter.queue.remove(waiter)
             if self._drains:
                 self._refuse("it is shutting down (drain() was called)")
-            self._refuse(f"none came free in {waited:.1f} s (pool_timeout={self.timeout:g})")
+            self._refuse(
+                f"none came free in {waited:.1f} s (pool_timeout={self.timeout:g}). Shorten the "
+                "units of work (stats().longest_use), or raise pool_size or max_overflow"
+            )
 
     def _abandon(self, waiter: _Waiter) -> None:
         with self._lock:
@@ -270,7 +278,7 @@ class Gate:
 
     def _pass_on(self) -> None:
         """Hand a slot that has come free to the next in the queue."""
-        while (self._threads or self._tasks) and (queue := self._next_queue()):
+        while queue := self._next_queue():
             waiter = queue.popleft()
             waiter.granted = waiter.wake()
             if waiter.granted:
@@ -298,13 +306,15 @@ class Gate:
 
 
 _gates: weakref.WeakSet[Gate] = weakref.WeakSet()
-# By the id of the callable, which the pool keeps alive as long as a gate keeps the pool.
-_pools: weakref.WeakValueDictionary[int, _ThreadPool] = weakref.WeakValueDictionary()
+_pools: weakref.WeakValueDictionary[PooledThreads, _ThreadPool] = weakref.WeakValueDictionary()
 
 
 def _forget_all() -> None:
     for gate in _gates:
         gate.forget()
+    for pool in _pools.values():
+        pool.forget()
 
 
-os.register_at_fork(after_in_child=_forget_all)
+if hasattr(os, "register_at_fork"):  # Windows has no fork
+    os.register_at_fork(after_in_child=_forget_all)

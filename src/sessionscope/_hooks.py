@@ -30,7 +30,7 @@ def after_commit(
     """Call ``fn(*args, **kwargs)`` once what *session* has done so far is committed.
 
     It is called once, after the unit of work has ended and its connection is back
-    in the pool, in the order of registration, and never if the transaction, or
+    in the pool, in the order in which outcomes were decided, and never if the transaction, or
     the savepoint in which it was registered, is rolled back. What it raises is
     logged: a commit that has happened cannot fail any more.
 

@@ -67,6 +67,11 @@ class Options:
                 f"session_class={session_class!r} is not a subclass of sqlalchemy.orm.Session"
             )
         check_isolation_level(self.isolation_level)
+        if self.isolation_level == "AUTOCOMMIT":
+            raise ConfigurationError(
+                'isolation_level="AUTOCOMMIT" leaves nothing to roll back: give it to the one '
+                'unit that needs it, begin(isolation_level="AUTOCOMMIT")'
+            )
         for name in _OWN_ENGINE_OPTIONS:
             if name in self.engine_options:
                 raise ConfigurationError(
@@ -103,7 +108,7 @@ class Options:
         # The rule of SQLAlchemy's pysqlite dialect, which keeps it private.
         return self.is_sqlite and (
             not self.url.database
-            or self.url.database == ":memory:"
+            or self.url.database in (":memory:", "file::memory:")
             or self.url.query.get("mode") == "memory"
         )
 

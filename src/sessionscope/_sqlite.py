@@ -25,7 +25,12 @@ BEGAN = "sessionscope.began"
 
 def connect_args(options: Options) -> dict[str, Any]:
     """Return the arguments for sqlite3.connect()."""
-    return {"isolation_level": None, "check_same_thread": False, "timeout": options.pool_timeout}
+    return {
+        "timeout": options.pool_timeout,
+        **options.engine_options.get("connect_args", {}),
+        "isolation_level": None,
+        "check_same_thread": False,
+    }
 
 
 def prepare_file(engine: Engine, *, writes: bool) -> None:

@@ -22,8 +22,8 @@ from sessionscope.exc import ConfigurationError, SessionEnded, TransactionDoomed
 
 SessionT = TypeVar("SessionT", bound=Session, default=Session)
 
-# In hundredths of a second; the thread is inside one call of the session's.
-_PATIENCE_FOR_A_THREAD = 500
+# Seconds for which close() waits for another thread to leave the session.
+_PATIENCE = 5.0
 
 _log = logging.getLogger("sessionscope")
 
@@ -100,8 +100,7 @@ class Unit(Generic[SessionT]):
         isolation_level: str | None = None,
         opened_at: Place | None = None,
     ) -> None:
-        if isolation_level is not None:
-            check_isolation_level(isolation_level)
+        check_isolation_level(isolation_level)
         if opened_at is None:
             opened_at = caller(1)
         source = database._source  # pyright: ignore[reportPrivateUsage]  # its own half
@@ -139,7 +138,6 @@ class Unit(Generic[SessionT]):
         """
         self._refuse_second_use()
         self._gate.admit()
-        self._is_open = True
         self._open()
 
     async def admit_async(self) -> None:
@@ -147,7 +145,6 @@ class Unit(Generic[SessionT]):
         self._refuse_second_use()
         if not self._gate.admit_at_once():
             await self._gate.admit_async()
-        self._is_open = True
         self._open()
 
     def commit(self) -> None:
@@ -164,7 +161,7 @@ class Unit(Generic[SessionT]):
             self.rollback()
             if isinstance(error, TransactionDoomed):
                 raise
-            raise self._doomed() from error
+            raise self._doomed(error) from error
         except BaseException:
             self.rollback()
             raise
@@ -204,7 +201,8 @@ class Unit(Generic[SessionT]):
         """Give the connection and the slot back, then run the hooks that are due.
 
         What was neither committed nor rolled back is rolled back. Never raises, so
-        that it cannot hide an error of yours.
+        that it cannot hide an error of yours. Waits up to 5 seconds for another thread
+        that is inside a call of the session's.
         """
         if self._give_back():
             _hooks.run_due(self.session)
@@ -233,6 +231,7 @@ class Unit(Generic[SessionT]):
                 _hooks.run_due(unit.session)
 
     def __enter__(self) -> SessionT:
+        self._refuse_second_use()
         try:
             self.admit()
             assert self._session is not None
@@ -292,7 +291,8 @@ class Unit(Generic[SessionT]):
 
     def _reset_once_left(self, session: SessionT) -> None:
         # A thread of a cancelled flow is inside; its next statement is refused.
-        for _ in range(_PATIENCE_FOR_A_THREAD):
+        deadline = monotonic() + _PATIENCE
+        while monotonic() < deadline:
             sleep(0.01)
             with suppress(IllegalStateChangeError):
                 session.reset()
@@ -305,6 +305,7 @@ class Unit(Generic[SessionT]):
             session.invalidate()
 
     def _open(self) -> None:
+        self._is_open = True
         self._admitted_at = monotonic()
         try:
             overrides = self._source.read_only_overrides if self._scope.read_only else {}
@@ -343,7 +344,13 @@ class Unit(Generic[SessionT]):
                 "Remove that line: the unit closes its session"
             ) from error
 
-    def _doomed(self) -> TransactionDoomed:
+    def _doomed(self, error: PendingRollbackError) -> TransactionDoomed:
+        if "during flush" not in str(error):
+            return TransactionDoomed(
+                "This transaction cannot commit (unit of work opened at "
+                f"{describe(self._scope.opened_at)}): its connection was lost earlier, and the "
+                "error was swallowed. Let the error leave the unit of work, and run it again"
+            )
         return TransactionDoomed(
             "This transaction cannot commit (unit of work opened at "
             f"{describe(self._scope.opened_at)}): a flush failed earlier, which rolled it back, "

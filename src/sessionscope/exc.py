@@ -54,29 +54,25 @@ class PoolBusy(SessionScopeError, sa_exc.TimeoutError):
     """
 
     error_code = "pool_busy"
-
-    def __init__(self, message: str, *, retry_after: float = 1.0) -> None:
-        super().__init__(message)
-        self.retry_after = retry_after
+    retry_after: float = 1.0
 
 
 class DatabaseUnavailable(SessionScopeError, sa_exc.OperationalError):
     """No connection to the database could be opened.
 
-    ``orig`` is the driver's error, ``retry_after`` a number of seconds.
+    ``orig`` is the driver's error, ``retry_after`` the number of seconds after which a
+    new attempt makes sense.
     """
 
     error_code = "database_unavailable"
+    retry_after: float = 1.0
 
-    def __init__(
-        self, message: str, orig: BaseException | None = None, *, retry_after: float = 1.0
-    ) -> None:
+    def __init__(self, message: str, orig: BaseException | None = None) -> None:
         # DBAPIError would put the driver's text in front of ours.
         sa_exc.StatementError.__init__(self, message, None, None, orig)
         # str() would add a link to SQLAlchemy's page on OperationalError.
         self.code = None  # type: ignore[assignment]  # the base class says str | None
         self.connection_invalidated = False
-        self.retry_after = retry_after
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.args[0], self.orig)

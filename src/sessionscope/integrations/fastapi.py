@@ -46,6 +46,7 @@ _Overrides = Mapping[Callable[..., Any] | None, Callable[..., Any]]
 
 _UNITS = "sessionscope.units"
 _DRAIN_SECONDS = 10.0
+# When a refusal of each kind was last logged.
 _logged_at: dict[type[Exception], float] = {}
 _log = logging.getLogger("sessionscope")
 
@@ -62,7 +63,8 @@ def _new_executor() -> None:
 
 
 _new_executor()
-os.register_at_fork(after_in_child=_new_executor)
+if hasattr(os, "register_at_fork"):  # Windows has no fork
+    os.register_at_fork(after_in_child=_new_executor)
 
 
 def session_per_request(database: Database[Any], *, read_only: bool = False) -> Any:
@@ -86,7 +88,9 @@ def install(app: FastAPI, *databases: Database[Any]) -> None:
 
     PoolBusy and DatabaseUnavailable become 503 with Retry-After, unless the app has
     a handler of its own for them or for a SQLAlchemy error above them. At start-up
-    a database that does not answer is a warning, not a failure.
+    a database that does not answer is a warning, not a failure; at shutdown the units
+    at work have 10 seconds to end. A websocket is closed with 1013. A mounted app has
+    exception handlers of its own: install() it, too.
     """
     if not databases:
         raise exc.ConfigurationError("install() needs a Database: write install(app, database)")
@@ -220,6 +224,7 @@ def _add_lifespan(app: FastAPI, databases: Sequence[Database[Any]]) -> None:
         limiter = current_default_thread_limiter()
 
         def pooled_threads() -> int | None:
+            # AnyIO's own name for its threads, which have no other sign.
             if threading.current_thread().name != "AnyIO worker thread":
                 return None
             return int(min(limiter.total_tokens, 1_000_000))  # it may be infinite
