@@ -94,7 +94,7 @@ def _what_failed(suspect: _Suspect | None) -> str:
     if suspect is None:
         return (
             "it has ended in the database already, undone by an error that was swallowed, or "
-            "ended by COMMIT or ROLLBACK sent as text."
+            "ended by COMMIT or ROLLBACK sent as text, or by executescript()."
         )
     statement, error = suspect
     what = f" running {' '.join(statement.split())[:80]!r}" if statement else ""
