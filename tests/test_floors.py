@@ -19,8 +19,9 @@ FACE = "sessionscope"
 FLOORS = [
     {"exc", "events"},
     {"_options"},
-    {"_gate", "_guards", "_sqlite"},
-    {"_commit", "_entry", "_hooks", "_pool"},
+    {"_gate", "_guards", "_pool", "_sqlite"},
+    {"_commit", "_entry", "_hooks", "_liveness", "_read_only"},
+    {"_engines"},
     {"_unit"},
     {"_database"},
     {FACE},

@@ -10,7 +10,7 @@ from sqlalchemy import event, select, text
 from sqlalchemy import exc as sa_exc
 from sqlalchemy.pool import NullPool, QueuePool
 
-from sessionscope import Database, _pool
+from sessionscope import Database, _liveness
 from sessionscope.exc import PoolBusy
 from sessionscope.testing import PostgresServer
 from tests.models import Item, create_tables, names
@@ -150,7 +150,7 @@ def test_a_connection_that_was_idle_for_long_is_pinged_once(
     pings = count_pings(postgres, monkeypatch)
     with postgres.begin() as session:
         session.execute(text("SELECT 1"))
-    monkeypatch.setattr(_pool, "PING_AFTER_IDLE", -1.0)
+    monkeypatch.setattr(_liveness, "PING_AFTER_IDLE", -1.0)
     with postgres.begin() as session:
         session.execute(text("SELECT 1"))
     assert len(pings) == 1

@@ -14,10 +14,11 @@ from typing_extensions import TypeVar
 
 from sessionscope import _guards, _hooks
 from sessionscope._commit import verify_commits
+from sessionscope._engines import Engines
 from sessionscope._gate import Gate
 from sessionscope._guards import UNIT, Place, Scope, caller, describe
 from sessionscope._options import Options, check_isolation_level
-from sessionscope._pool import Engines, interrupt
+from sessionscope._pool import interrupt
 from sessionscope.exc import ConfigurationError, SessionEnded, TransactionDoomed
 
 SessionT = TypeVar("SessionT", bound=Session, default=Session)
