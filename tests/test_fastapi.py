@@ -32,7 +32,7 @@ from sqlalchemy.orm import Session
 from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.websockets import WebSocketDisconnect
 
-from sessionscope import Database, after_commit
+from sessionscope import Database, Unit, after_commit
 from sessionscope.exc import (
     ConfigurationError,
     DatabaseUnavailable,
@@ -872,6 +872,43 @@ def test_a_def_endpoint_that_outlives_its_cancelled_request_stores_nothing(
         session.add(Item(name="next"))
     assert len(outcome) == 1
     assert names(database) == ["next"]
+    assert database.stats().in_use == 0
+
+
+def test_a_cancelled_read_is_discarded_off_the_event_loop(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would block the loop: a statement is interrupted, a thread is waited for."""
+    app = FastAPI()
+    started = threading.Event()
+    ended_in: list[int] = []
+
+    def discard(unit: Unit[Session]) -> None:
+        ended_in.append(threading.get_ident())
+        unit.rollback()
+
+    monkeypatch.setattr(Unit, "discard", discard)
+
+    @app.get("/")
+    async def read(
+        session: Annotated[Session, session_per_request(database, read_only=True)],
+    ) -> None:
+        session.execute(text("SELECT 1"))
+        started.set()
+        await anyio.sleep_forever()
+
+    async def main() -> int:
+        task = asyncio.create_task(app(scope("/"), disconnected, send_nothing))
+        while not started.is_set():
+            await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        return threading.get_ident()
+
+    loop_thread = asyncio.run(main())
+    assert len(ended_in) == 1
+    assert ended_in[0] != loop_thread
     assert database.stats().in_use == 0
 
 

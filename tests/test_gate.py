@@ -303,6 +303,31 @@ def test_the_thread_rule_counts_over_all_databases_that_share_the_pool(
     waiting.result(PATIENCE)
 
 
+def test_a_foreign_thread_takes_no_place_of_the_pools_own(threads: ThreadPoolExecutor) -> None:
+    """Of a pool of two one thread may wait, however many others wait as well."""
+    foreign = threading.local()
+
+    def pool_of_two() -> int | None:
+        return None if hasattr(foreign, "yes") else 2
+
+    gate = Gate(1, PATIENCE)
+    gate.limit_waiting_threads(pool_of_two)
+
+    def admit_foreign() -> None:
+        foreign.yes = True
+        gate.admit()
+
+    with full(gate):
+        waiting = [threads.submit(admit_foreign)]
+        wait_until(lambda: gate.waiting == 1)
+        waiting.append(threads.submit(gate.admit))
+        wait_until(lambda: gate.waiting == 2 or gate.refused > 0)
+    waiting[0].result(PATIENCE)
+    release(gate)
+    waiting[1].result(PATIENCE)
+    assert gate.refused == 0
+
+
 def test_a_thread_of_no_pool_is_not_counted(threads: ThreadPoolExecutor) -> None:
     def no_pool() -> int | None:
         return None

@@ -96,12 +96,11 @@ class _ThreadPool:
         self._waiting = 0
         self._lock = threading.Lock()
 
-    def enter(self) -> str | None:
-        """Count the current thread as waiting, or return why it must not wait."""
-        threads = self.threads()
+    def enter(self, threads: int) -> str | None:
+        """Count one of so many threads as waiting, or return why it must not wait."""
         with self._lock:
-            spare = max(0, threads - self.slots) if threads is not None else None
-            if spare is not None and self._waiting >= spare:
+            spare = max(0, threads - self.slots)
+            if self._waiting >= spare:
                 return (
                     f"{spare} threads already wait in begin() while the others are needed by those "
                     "who hold a connection. Declare the session as a dependency of the endpoint, "
@@ -249,7 +248,10 @@ class Gate:
                 "with `def` instead of `async def`, so that it runs in a thread"
             )
         pool = self._pool
-        if pool is not None and (why := pool.enter()):
+        threads = pool.threads() if pool is not None else None
+        if pool is None or threads is None:
+            return None
+        if why := pool.enter(threads):
             self._refuse(why)
         return pool
 

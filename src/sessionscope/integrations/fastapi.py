@@ -134,7 +134,7 @@ class _SessionPerRequest:
         else:
             await _end(opened.values(), Unit.commit)
         finally:
-            for database in opened:
+            for database in opened:  # a middleware may send the same scope through once more
                 del units[database]
 
 
@@ -198,7 +198,8 @@ def _walk_call(
 
 async def _end(units: Collection[Unit[Any]], how: Callable[[Unit[Any]], None]) -> None:
     """End the units, in a thread if that may wait for a database."""
-    if not any(unit.needs_io for unit in units):
+    # discard() interrupts a statement and waits for another thread, whatever the unit did.
+    if how is not Unit.discard and not any(unit.needs_io for unit in units):
         Unit.end_all(units, how)
         return
     # Submitted before the first await: a cancellation cannot prevent it.
