@@ -5,19 +5,23 @@ PYTHON ?= python3
 # Each purpose has an environment of its own, complete once its stamp is there.
 demo_python := .venv/demo/bin/python
 test_python := .venv/test/bin/python
+nox_python := .venv/nox/bin/python
 lint_python := .venv/lint/bin/python
+bench_python := .venv/bench/bin/python
 
 # What `make requirements` pins for each purpose: a dependency group and the extras it needs.
 demo_extras := postgresql fastapi
 test_extras := $(demo_extras) asyncio mysql testing
 lint_extras := $(test_extras)
+bench_extras := $(test_extras)
+bench-fastapi-sqla_extras := $(demo_extras) asyncio
 
-.PHONY: help demo test lint bench scorecard requirements clean
+.PHONY: help demo test test-all lint bench scorecard requirements clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
 
 demo: .venv/demo/ready ## serve the example shop on http://127.0.0.1:8000 (PORT, DATABASE_URL)
 	@cd examples && PYTHONPATH=../src exec ../$(demo_python) -m shop.demo
@@ -25,14 +29,17 @@ demo: .venv/demo/ready ## serve the example shop on http://127.0.0.1:8000 (PORT,
 test: .venv/test/ready ## run all tests (ARGS="-k name" goes to pytest)
 	@$(test_python) -m pytest $(ARGS)
 
+test-all: .venv/nox/ready ## run all tests in every corner (ARGS="-l" lists them)
+	@$(nox_python) -m nox $(ARGS)
+
 lint: .venv/lint/ready ## check style, format and types
 	@$(lint_python) -m ruff check .
 	@$(lint_python) -m ruff format --check .
 	@$(lint_python) -m mypy
 	@$(lint_python) -m pyright --pythonpath $(lint_python)
 
-bench: .venv/test/ready ## run the benchmarks (ARGS go to them)
-	@PYTHONPATH=src $(test_python) -m benchmarks $(ARGS)
+bench: .venv/bench/ready ## run the benchmarks (ARGS go to them)
+	@PYTHONPATH=src $(bench_python) -m benchmarks $(ARGS)
 
 scorecard: ## print how the code reads, in numbers
 	@$(PYTHON) scripts/scorecard.py
@@ -41,7 +48,7 @@ scorecard: ## print how the code reads, in numbers
 	@sh scripts/environment.sh $*
 
 requirements: ## pin the newest versions of all dependencies (needs uv)
-	@$(foreach name,demo test lint,uv pip compile pyproject.toml --quiet --upgrade --universal \
+	@$(foreach name,demo test nox lint bench bench-fastapi-sqla,uv pip compile pyproject.toml --quiet --upgrade --universal \
 		--python-version 3.11 --generate-hashes --no-emit-index-url --no-header \
 		--group $(name) $(addprefix --extra ,$($(name)_extras)) -o requirements/$(name).txt &&) true
 

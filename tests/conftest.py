@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
-from sqlalchemy import make_url
+from sqlalchemy import URL, create_engine, make_url, text
+from sqlalchemy.exc import OperationalError
 
 from sessionscope import Database
 from sessionscope.testing import PostgresServer
@@ -53,13 +54,49 @@ def sqlite_url(tmp_path: Path) -> str:
     return f"sqlite:///{tmp_path / 'test.db'}"
 
 
-@pytest.fixture(params=["sqlite-file", "sqlite-memory", "postgres"])
+@pytest.fixture(scope="session")
+def mysql_server() -> URL:
+    """The MariaDB or MySQL that listens on localhost."""
+    url = make_url("mysql+pymysql://root@127.0.0.1:3306")
+    engine = create_engine(url)
+    try:
+        engine.connect().close()
+    except OperationalError as error:
+        missing(f"No MariaDB at {url}: {error.orig}")
+    finally:
+        engine.dispose()
+    return url
+
+
+@pytest.fixture
+def mysql_url(mysql_server: URL) -> Iterator[str]:
+    """An empty MariaDB database, this run's and this worker's own."""
+    url = mysql_server.set(database=f"sessionscope_test_{os.getpid()}")
+    engine = create_engine(mysql_server, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.execute(text(f"CREATE OR REPLACE DATABASE {url.database}"))
+        yield url.render_as_string(hide_password=False)
+        connection.execute(text(f"DROP DATABASE {url.database}"))
+    engine.dispose()
+
+
+KINDS = ("sqlite-file", "sqlite-memory", "postgres", "psycopg2", "mysql")
+
+
+@pytest.fixture(params=KINDS)
 def url(request: pytest.FixtureRequest) -> str:
     """An empty database of each kind in turn."""
     if request.param == "sqlite-memory":
         return "sqlite://"
-    fixture = {"sqlite-file": "sqlite_url", "postgres": "postgres_url"}[request.param]
+    if request.param == "psycopg2":
+        return with_psycopg2(request.getfixturevalue("postgres_url"))
+    fixture = request.param.removesuffix("-file") + "_url"
     return str(request.getfixturevalue(fixture))
+
+
+def with_psycopg2(url: str) -> str:
+    """The same PostgreSQL database through the older driver."""
+    return url.replace("+psycopg:", "+psycopg2:")
 
 
 @pytest.fixture
@@ -69,10 +106,25 @@ def database(url: str) -> Iterator[Database]:
         yield create_tables(database)
 
 
+@pytest.fixture(params=["psycopg", "psycopg2"])
+def postgres(request: pytest.FixtureRequest, postgres_url: str) -> Iterator[Database]:
+    """A PostgreSQL Database with the tests' tables, through each of its drivers."""
+    url = with_psycopg2(postgres_url) if request.param == "psycopg2" else postgres_url
+    with Database(url) as database:
+        yield create_tables(database)
+
+
 @pytest.fixture
-def postgres(postgres_url: str) -> Iterator[Database]:
-    """A PostgreSQL Database with the tests' tables."""
+def psycopg(postgres_url: str) -> Iterator[Database]:
+    """A PostgreSQL Database with the tests' tables, through psycopg 3 alone."""
     with Database(postgres_url) as database:
+        yield create_tables(database)
+
+
+@pytest.fixture
+def mysql(mysql_url: str) -> Iterator[Database]:
+    """A MariaDB Database with the tests' tables."""
+    with Database(mysql_url) as database:
         yield create_tables(database)
 
 

@@ -305,17 +305,18 @@ def test_a_place_whose_connect_failed_is_free_again(small: Database) -> None:
         pass
 
 
-def test_a_connection_that_comes_back_with_a_transaction_is_replaced(postgres: Database) -> None:
+@pytest.mark.parametrize("url", ["postgres", "psycopg2", "mysql"], indirect=True)
+def test_a_connection_that_comes_back_with_a_transaction_is_replaced(database: Database) -> None:
     """A thread may go on using the driver's connection after its unit has ended."""
-    with postgres.begin() as session:
+    with database.begin() as session:
         driver_connection = session.connection().connection.driver_connection
     assert driver_connection is not None
-    driver_connection.execute("INSERT INTO item (name) VALUES ('zombie')")
+    driver_connection.cursor().execute("INSERT INTO item (name) VALUES ('zombie')")
 
-    with postgres.begin() as session:
+    with database.begin() as session:
         session.add(Item(name="next"))
         assert session.connection().connection.driver_connection is not driver_connection
-    assert names(postgres) == ["next"]
+    assert names(database) == ["next"]
 
 
 def test_a_two_phase_sessionmaker_reads_as_well(postgres_url: str) -> None:

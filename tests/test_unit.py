@@ -266,15 +266,27 @@ def test_an_isolation_level_never_poisons_the_pooled_connection(
         session.scalars(select(Item)).all()
 
     with pytest.raises(ValueError, match="stop"), database.begin() as session:
+        session.add(Item(name="gone"))
+        session.flush()
+        raise ValueError("stop")
+    assert names(database) == []
+
+
+def test_sqlite_stays_out_of_its_legacy_mode_after_an_isolation_level(sqlite: Database) -> None:
+    with sqlite.begin(isolation_level="SERIALIZABLE") as session:
+        session.scalars(select(Item)).all()
+
+    with pytest.raises(ValueError, match="stop"), sqlite.begin() as session:
         session.execute(text("CREATE TABLE made (id INTEGER)"))
         raise ValueError("stop")
-    with pytest.raises(sa_exc.DBAPIError), database.begin(read_only=True) as session:
+    with pytest.raises(sa_exc.DBAPIError), sqlite.begin(read_only=True) as session:
         session.execute(text("SELECT * FROM made"))
 
 
 def test_autocommit_is_there_for_statements_that_refuse_a_transaction(database: Database) -> None:
     with database.begin(isolation_level="AUTOCOMMIT") as session:
-        session.execute(text("VACUUM"))
+        is_mysql = database.engine.dialect.name == "mysql"
+        session.execute(text("OPTIMIZE TABLE item" if is_mysql else "VACUUM"))
 
 
 def test_a_unit_step_by_step(database: Database) -> None:

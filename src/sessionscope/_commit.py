@@ -1,13 +1,12 @@
 """Verified commit: COMMIT is sent only if the database can still carry it out.
 
 PostgreSQL answers COMMIT with ROLLBACK, and no error, once a statement of the
-transaction has failed; SQLite rolls back by itself when the disk is full or at
-ON CONFLICT ROLLBACK. A program that swallowed the error would believe that it has
-committed. An error alone proves nothing (a savepoint may have been rolled back),
-so the driver is asked: it knows the state of the transaction without a round trip.
+transaction has failed; MySQL rolls back by itself at a deadlock, SQLite when the disk
+is full or at ON CONFLICT ROLLBACK. A program that swallowed the error would believe
+that it has committed. An error alone proves nothing (a savepoint may have been rolled back),
+so the driver is asked (see _doom).
 """
 
-from collections.abc import Callable
 from typing import Any
 
 from sqlalchemy import Connection, Engine, event
@@ -15,21 +14,16 @@ from sqlalchemy.engine.interfaces import ExceptionContext
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
-from sessionscope import _sqlite
+from sessionscope._doom import LOST, doom_check, has_lost_transaction
 from sessionscope._guards import UNIT, Scope, describe
 from sessionscope.exc import CommitUnknown, DatabaseUnavailable, TransactionDoomed
 
 _SUSPECT = "sessionscope.suspect"
 _COMMITTING = "sessionscope.committing"
 
-# libpq's PQTRANS_INERROR: only a ROLLBACK can follow.
-_PQTRANS_INERROR = 3
-
 # The SQLSTATE of every statement that PostgreSQL is sent after one has failed.
 _IN_FAILED_TRANSACTION = "25P02"
 
-# Tells whether COMMIT on this connection would not commit.
-_IsDoomed = Callable[[PoolProxiedConnection], bool]
 # What failed earlier in the transaction: the statement and the error.
 _Suspect = tuple[str | None, BaseException]
 
@@ -37,8 +31,9 @@ _Suspect = tuple[str | None, BaseException]
 def verify_commits(engine: Engine, database: str) -> None:
     """Make COMMIT on *engine* raise TransactionDoomed where it would not commit."""
     dialect = engine.dialect
-    is_doomed = _IS_DOOMED.get((dialect.name, dialect.driver), _is_never_doomed)
+    is_doomed = doom_check(dialect.name, dialect.driver)
     send_commit = dialect.do_commit
+    send_begin = dialect.do_begin
     to_savepoint = dialect.do_rollback_to_savepoint
 
     def do_commit(proxied: PoolProxiedConnection) -> None:
@@ -51,6 +46,10 @@ def verify_commits(engine: Engine, database: str) -> None:
         send_commit(proxied)
         del proxied.info[_COMMITTING]
 
+    def do_begin(proxied: PoolProxiedConnection) -> None:
+        send_begin(proxied)
+        proxied.info.pop(LOST, None)
+
     def do_rollback_to_savepoint(connection: Connection, name: str) -> None:
         to_savepoint(connection, name)
         # What failed inside of the savepoint is undone, and not to blame for what fails later.
@@ -59,17 +58,19 @@ def verify_commits(engine: Engine, database: str) -> None:
     def failed(context: ExceptionContext) -> BaseException | None:
         if context.connection is None:
             return _unavailable(context, database)
-        return _note_failure(context, is_doomed, database)
+        return _note_failure(context, database)
 
     def returned(dbapi_connection: object, record: ConnectionPoolEntry) -> None:
         info = record.info
         info.pop(UNIT, None)
         info.pop(_SUSPECT, None)
+        info.pop(LOST, None)
         info.pop(_COMMITTING, None)
 
     # Any listener on an Engine makes each Connection build a dispatcher for every
     # event that it passes, which costs a read unit a third of its instructions.
     dialect.do_commit = do_commit  # type: ignore[method-assign, assignment]  # as a subclass would
+    dialect.do_begin = do_begin  # type: ignore[method-assign, assignment]  # likewise
     dialect.do_rollback_to_savepoint = do_rollback_to_savepoint  # type: ignore[method-assign]  # likewise
     event.listen(engine, "handle_error", failed)
     event.listen(engine, "checkin", returned)
@@ -101,9 +102,7 @@ def _what_failed(suspect: _Suspect | None) -> str:
     return f"{type(error).__name__}{what} was raised earlier and swallowed. Nothing was written."
 
 
-def _note_failure(
-    context: ExceptionContext, is_doomed: _IsDoomed, database: str
-) -> BaseException | None:
+def _note_failure(context: ExceptionContext, database: str) -> BaseException | None:
     """Remember a statement's failure as a suspicion; say what a COMMIT's failure means."""
     connection = context.connection
     assert connection is not None
@@ -121,11 +120,10 @@ def _note_failure(
             "committed, or not. Look before you try again"
         )
     info[_SUSPECT] = (context.statement, error)
-    if connection.dialect.name == "sqlite":
-        if is_doomed(connection.connection):
-            _refuse_further_statements(connection)
-        return _unwritable(context)
-    return None
+    if has_lost_transaction(context):
+        info[LOST] = True
+        _refuse_further_statements(connection)
+    return _unwritable(context) if connection.dialect.name == "sqlite" else None
 
 
 def _sqlstate(error: BaseException) -> str | None:
@@ -149,24 +147,29 @@ def _unavailable(context: ExceptionContext, database: str) -> BaseException | No
     ):
         return None
     orig = context.original_exception
-    text = " ".join(str(orig).split())  # libpq breaks its messages into lines
+    # libpq breaks its messages into lines; MySQL's drivers put a code before theirs.
+    text = " ".join(str(orig.args[-1] if orig.args else orig).split())
     mend = next((mend for part, mend in _MENDS.items() if part in text), None)
     if mend is None or text.endswith("?"):  # libpq asks its own question
         return DatabaseUnavailable(f"No connection to {database}: {text}", orig)
     return DatabaseUnavailable(f"No connection to {database}: {text}. {mend}", orig)
 
 
+_FEWER = (
+    "Lower pool_size + max_overflow times the number of processes, or raise the server's "
+    "max_connections."
+)
 _MENDS = {
     "password authentication failed": "Check the user and the password in the database URL.",
     "no password supplied": "Put the password into the database URL.",
+    "Access denied for user": "Check the user and the password in the database URL.",
+    "Unknown database": "Create it, or correct its name in the database URL.",
     "does not exist": "Create it, or correct its name in the database URL.",
     "Connection refused": "Is the server running, and are host and port right?",
     "resolve host": "Check the name of the host in the database URL.",
     "Name or service not known": "Check the name of the host in the database URL.",
-    "too many": "Lower pool_size + max_overflow times the number of processes, or raise the "
-    "server's limit.",
-    "remaining connection slots": "Lower pool_size + max_overflow times the number of processes, "
-    "or raise the server's max_connections.",
+    "oo many": _FEWER,
+    "remaining connection slots": _FEWER,
     "unable to open database file": "Check that the folder exists and may be written to.",
 }
 
@@ -188,29 +191,3 @@ def _unwritable(context: ExceptionContext) -> BaseException | None:
         "its folder, or open the unit with begin(read_only=True)",
         orig,
     )
-
-
-def _is_never_doomed(proxied: PoolProxiedConnection) -> bool:
-    return False
-
-
-def _psycopg_is_doomed(proxied: PoolProxiedConnection) -> bool:
-    driver_connection: Any = proxied.driver_connection
-    return bool(driver_connection.pgconn.transaction_status == _PQTRANS_INERROR)
-
-
-def _psycopg2_is_doomed(proxied: PoolProxiedConnection) -> bool:
-    driver_connection: Any = proxied.driver_connection
-    return bool(driver_connection.info.transaction_status == _PQTRANS_INERROR)
-
-
-def _sqlite_is_doomed(proxied: PoolProxiedConnection) -> bool:
-    driver_connection: Any = proxied.dbapi_connection
-    return _sqlite.BEGAN in proxied.info and not driver_connection.in_transaction
-
-
-_IS_DOOMED: dict[tuple[str, str], _IsDoomed] = {
-    ("postgresql", "psycopg"): _psycopg_is_doomed,
-    ("postgresql", "psycopg2"): _psycopg2_is_doomed,
-    ("sqlite", "pysqlite"): _sqlite_is_doomed,
-}

@@ -10,6 +10,7 @@ from sqlalchemy import exc as sa_exc
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
+from sessionscope._doom import SERVER_STATUS_IN_TRANS
 from sessionscope._pool import descriptor
 
 # A server, proxy or firewall may drop a connection without a word; one that was
@@ -55,9 +56,13 @@ def keep_alive(engine: Engine) -> None:
 
 
 def _is_in_transaction(driver_connection: Any) -> bool:
-    """Return whether psycopg knows of a transaction that a thread began after its unit's end."""
+    """Return whether the driver knows of a transaction that was begun after the last one's end."""
     libpq = getattr(driver_connection, "pgconn", None)
-    return libpq is not None and libpq.transaction_status != _PQTRANS_IDLE
+    if libpq is None:  # psycopg2 puts it elsewhere
+        libpq = getattr(driver_connection, "info", None)
+    if libpq is not None:
+        return bool(libpq.transaction_status != _PQTRANS_IDLE)
+    return bool(getattr(driver_connection, "server_status", 0) & SERVER_STATUS_IN_TRANS)
 
 
 def _poller(driver_connection: Any) -> Callable[[], object]:

@@ -5,11 +5,10 @@ import select
 import threading
 import weakref
 from collections.abc import Callable
-from contextlib import suppress
 from time import monotonic
 from typing import Any, Literal
 
-from sqlalchemy import Engine, pool
+from sqlalchemy import Connection, Engine, pool
 from sqlalchemy import exc as sa_exc
 from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.util.queue import Empty, Queue
@@ -228,16 +227,29 @@ def _close_for_good(record: ConnectionPoolEntry) -> None:
         os.close(kept)
 
 
-def interrupt(driver_connection: Any) -> None:
+def interrupt(connection: Connection) -> None:
     """End the statement, if any, that another thread is running on the connection."""
+    driver_connection: Any = connection.connection.driver_connection
     for name in ("cancel_safe", "cancel", "interrupt"):  # psycopg, psycopg2, sqlite3
         if hasattr(driver_connection, name):
-            with suppress(Exception):
-                getattr(driver_connection, name)()
+            getattr(driver_connection, name)()
             return
+    if hasattr(driver_connection, "thread_id"):  # MySQL's drivers
+        _kill(connection.engine, driver_connection.thread_id())
+
+
+def _kill(engine: Engine, thread_id: int) -> None:
+    """Have MySQL end a connection, over a new one: its protocol knows no other way."""
+    beside = pool.NullPool(engine.pool._creator).connect()  # pyright: ignore[reportPrivateUsage]  # the pool's own has no place left
+    try:
+        beside.cursor().execute(f"KILL {thread_id}")
+    finally:
+        beside.close()
 
 
 def descriptor(driver_connection: Any) -> int | None:
     """Return the descriptor of the connection's socket, if the driver shows it."""
     fileno = getattr(driver_connection, "fileno", None)
+    if fileno is None:  # pymysql keeps it to itself
+        fileno = getattr(getattr(driver_connection, "_sock", None), "fileno", None)
     return fileno() if fileno is not None else None

@@ -194,7 +194,7 @@ class Unit(Generic[SessionT]):
             self.rollback()
             return
         with suppress(Exception):
-            interrupt(connection.connection.driver_connection)
+            interrupt(connection)
         with suppress(Exception):
             connection.invalidate()
 

@@ -1,0 +1,111 @@
+"""What the driver knows of a transaction that can no longer commit.
+
+psycopg and sqlite3 know its state at any time. MySQL's error packets carry no
+state: after an error one ping (a round trip) brings the server's status, because a
+deadlock (1213) rolls back the whole transaction, while most errors undo their
+statement only (https://dev.mysql.com/doc/refman/8.4/en/innodb-error-handling.html).
+"""
+
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+from sqlalchemy.engine.interfaces import ExceptionContext
+from sqlalchemy.pool import PoolProxiedConnection
+
+from sessionscope import _sqlite
+
+# Tells whether COMMIT on this connection would not commit.
+IsDoomed = Callable[[PoolProxiedConnection], bool]
+
+# Marks, in a connection's info, that the server has ended its transaction by itself.
+LOST = "sessionscope.lost"
+
+# libpq's PQTRANS_INERROR: only a ROLLBACK can follow.
+_PQTRANS_INERROR = 3
+
+SERVER_STATUS_IN_TRANS = 1
+# ER_LOCK_DEADLOCK, ER_LOCK_TABLE_FULL, ER_XA_RBDEADLOCK: InnoDB rolls back the transaction.
+_ROLL_BACK = {1213, 1206, 1614}
+# ER_LOCK_WAIT_TIMEOUT with innodb_rollback_on_timeout, ER_CHECKREAD with
+# innodb_snapshot_isolation: the server's settings decide, its status tells.
+_MAY_ROLL_BACK = {1205, 1020}
+# These commit before they begin, even if they fail then: the transaction is not lost.
+_COMMIT_FIRST = {"ALTER", "CREATE", "DROP", "GRANT", "LOCK", "RENAME", "REVOKE", "TRUNCATE"}
+
+
+def is_never_doomed(proxied: PoolProxiedConnection) -> bool:
+    """Say no, for a driver that tells nothing."""
+    return False
+
+
+def has_lost_transaction(context: ExceptionContext) -> bool:
+    """Return whether the error has ended the whole transaction, not its statement alone."""
+    assert context.connection is not None
+    proxied = context.connection.connection
+    if context.dialect.name == "sqlite":
+        return _sqlite_is_doomed(proxied)
+    return context.dialect.name in ("mysql", "mariadb") and _mysql_has_lost(context, proxied)
+
+
+def _mysql_has_lost(context: ExceptionContext, proxied: PoolProxiedConnection) -> bool:
+    code = next(iter(context.original_exception.args), None)
+    statement = context.statement
+    if statement is None or not isinstance(code, int) or context.is_disconnect:
+        return False
+    if statement.lstrip().partition(" ")[0].upper() in _COMMIT_FIRST:
+        return False
+    before = _mysql_status(proxied)
+    if before is None:
+        return code in _ROLL_BACK
+    after = _mysql_status_now(context, proxied)
+    # The status is that before the last SELECT: what a first SELECT FOR UPDATE locked is not in it.
+    was_open = before & SERVER_STATUS_IN_TRANS or code in _ROLL_BACK | _MAY_ROLL_BACK
+    return bool(was_open and not after & SERVER_STATUS_IN_TRANS)
+
+
+def _mysql_status(proxied: PoolProxiedConnection) -> int | None:
+    """Return the server's status as the last packet told it; ``None``: the driver hides it."""
+    return getattr(proxied.driver_connection, "server_status", None)
+
+
+def _mysql_status_now(context: ExceptionContext, proxied: PoolProxiedConnection) -> int:
+    """Ask the server; a connection that is gone has nothing more to commit."""
+    assert proxied.dbapi_connection is not None
+    with suppress(context.dialect.loaded_dbapi.Error):
+        context.dialect.do_ping(proxied.dbapi_connection)
+        return _mysql_status(proxied) or 0
+    return 0
+
+
+def _is_lost(proxied: PoolProxiedConnection) -> bool:
+    return LOST in proxied.info
+
+
+def _psycopg_is_doomed(proxied: PoolProxiedConnection) -> bool:
+    driver_connection: Any = proxied.driver_connection
+    return bool(driver_connection.pgconn.transaction_status == _PQTRANS_INERROR)
+
+
+def _psycopg2_is_doomed(proxied: PoolProxiedConnection) -> bool:
+    driver_connection: Any = proxied.driver_connection
+    return bool(driver_connection.info.transaction_status == _PQTRANS_INERROR)
+
+
+def _sqlite_is_doomed(proxied: PoolProxiedConnection) -> bool:
+    driver_connection: Any = proxied.dbapi_connection
+    return _sqlite.BEGAN in proxied.info and not driver_connection.in_transaction
+
+
+def doom_check(dialect_name: str, driver: str) -> IsDoomed:
+    """Return the check of a connection's transaction for such a driver."""
+    if dialect_name in ("mysql", "mariadb"):
+        return _is_lost
+    return _CHECKS.get((dialect_name, driver), is_never_doomed)
+
+
+_CHECKS: dict[tuple[str, str], IsDoomed] = {
+    ("postgresql", "psycopg"): _psycopg_is_doomed,
+    ("postgresql", "psycopg2"): _psycopg2_is_doomed,
+    ("sqlite", "pysqlite"): _sqlite_is_doomed,
+}
