@@ -130,8 +130,8 @@ def keyword_only(*, session: Session) -> None: ...
 @pytest.mark.parametrize(
     ("fn", "mend"),
     [
-        (an_async_function, "Write it with `def`"),
-        (an_async_generator, "Write it with `def`"),
+        (an_async_function, "Use an AsyncDatabase, or write it with `def`"),
+        (an_async_generator, "Return a list"),
         (a_generator, "Return a list"),
         (without_parameters, r"write def without_parameters\(session, ...\)"),
         (keyword_only, r"write def keyword_only\(session, ...\)"),
@@ -147,7 +147,7 @@ def test_with_session_refuses_what_would_work_after_its_unit(
 
 
 def test_run_refuses_an_async_function_and_commits_nothing(database: Database) -> None:
-    with pytest.raises(ConfigurationError, match="Write it with `def`"):
+    with pytest.raises(ConfigurationError, match="Pass an `async def` to an AsyncDatabase"):
         database.run(an_async_function)  # type: ignore[unused-coroutine]
     assert database.stats().in_use == 0
 

@@ -83,14 +83,14 @@ def test_a_plain_connection_gets_the_place_that_the_other_engine_gives_back(
 ) -> None:
     first, second = small.engine.connect(), small.engine.connect()
     waiting = threading.Event()
-    bound = small.read_engine.pool.bound  # type: ignore[attr-defined]  # the room to watch
-    original = bound.wait
+    signal = small.read_engine.pool.backends.signal  # type: ignore[attr-defined]  # what it waits for
+    original = signal.wait
 
-    def wait(timeout: float, seen: int) -> bool:
+    def wait(seen: int, timeout: float) -> bool:
         waiting.set()
-        return bool(original(10, seen))
+        return bool(original(seen, 10))
 
-    bound.wait = wait
+    signal.wait = wait
     with ThreadPoolExecutor(1) as threads:
         reader = threads.submit(small.read_engine.connect)
         assert waiting.wait(10)

@@ -14,15 +14,18 @@ from sqlalchemy.engine.interfaces import ExceptionContext
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
-from sessionscope._doom import LOST, doom_check, has_lost_transaction
-from sessionscope._guards import UNIT, Scope, describe
+from sessionscope._doom import (
+    IN_FAILED_TRANSACTION,
+    LOST,
+    SUSPECT,
+    doom_check,
+    has_lost_transaction,
+)
+from sessionscope._guards import UNIT, Scope
+from sessionscope._places import describe
 from sessionscope.exc import CommitUnknown, DatabaseUnavailable, TransactionDoomed
 
-_SUSPECT = "sessionscope.suspect"
 _COMMITTING = "sessionscope.committing"
-
-# The SQLSTATE of every statement that PostgreSQL is sent after one has failed.
-_IN_FAILED_TRANSACTION = "25P02"
 
 # What failed earlier in the transaction: the statement and the error.
 _Suspect = tuple[str | None, BaseException]
@@ -53,7 +56,7 @@ def verify_commits(engine: Engine, database: str) -> None:
     def do_rollback_to_savepoint(connection: Connection, name: str) -> None:
         to_savepoint(connection, name)
         # What failed inside of the savepoint is undone, and not to blame for what fails later.
-        connection.connection.info.pop(_SUSPECT, None)
+        connection.connection.info.pop(SUSPECT, None)
 
     def failed(context: ExceptionContext) -> BaseException | None:
         if context.connection is None:
@@ -63,7 +66,7 @@ def verify_commits(engine: Engine, database: str) -> None:
     def returned(dbapi_connection: object, record: ConnectionPoolEntry) -> None:
         info = record.info
         info.pop(UNIT, None)
-        info.pop(_SUSPECT, None)
+        info.pop(SUSPECT, None)
         info.pop(LOST, None)
         info.pop(_COMMITTING, None)
 
@@ -78,7 +81,7 @@ def verify_commits(engine: Engine, database: str) -> None:
 
 def _doomed(info: dict[Any, Any]) -> TransactionDoomed:
     """Return the error for a transaction that cannot commit, with what is known of why."""
-    suspect: _Suspect | None = info.get(_SUSPECT)
+    suspect: _Suspect | None = info.get(SUSPECT)
     scope: Scope | None = info.get(UNIT)
     opened_at = f" (unit of work opened at {describe(scope.opened_at)})" if scope else ""
     error = TransactionDoomed(
@@ -111,7 +114,7 @@ def _note_failure(context: ExceptionContext, database: str) -> BaseException | N
         return None
     info = connection.connection.info
     orig = context.original_exception
-    if _sqlstate(orig) == _IN_FAILED_TRANSACTION and _SUSPECT in info:
+    if _sqlstate(orig) == IN_FAILED_TRANSACTION and SUSPECT in info:
         return _doomed(info)
     was_commit = context.statement is None and info.pop(_COMMITTING, False)
     if was_commit and context.is_disconnect and isinstance(orig, Exception):
@@ -119,7 +122,7 @@ def _note_failure(context: ExceptionContext, database: str) -> BaseException | N
             f"The connection to {database} was lost during COMMIT: the database may have "
             "committed, or not. Look before you try again"
         )
-    info[_SUSPECT] = (context.statement, error)
+    info[SUSPECT] = (context.statement, error)
     if has_lost_transaction(context):
         info[LOST] = True
         _refuse_further_statements(connection)
@@ -142,9 +145,10 @@ def _refuse_further_statements(connection: Connection) -> None:
 
 
 def _unavailable(context: ExceptionContext, database: str) -> BaseException | None:
-    if context.is_pre_ping or not isinstance(
-        context.sqlalchemy_exception, (OperationalError, InterfaceError)
-    ):
+    error = context.sqlalchemy_exception
+    # asyncpg's refusals at connect, of a password for one, are of no special kind.
+    is_ours = isinstance(error, (OperationalError, InterfaceError)) or type(error) is DBAPIError
+    if context.is_pre_ping or not is_ours:
         return None
     orig = context.original_exception
     # libpq breaks its messages into lines; MySQL's drivers put a code before theirs.

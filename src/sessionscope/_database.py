@@ -1,6 +1,6 @@
 """Database: one pair of engines, one sessionmaker, and the units of work made from them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from time import monotonic
 from types import MappingProxyType, TracebackType
@@ -8,12 +8,16 @@ from typing import Any, Concatenate, Generic, ParamSpec, Protocol, Self, TypeVar
 
 from sqlalchemy import URL, Engine, literal, select
 from sqlalchemy.orm import Session, sessionmaker
+from typing_extensions import TypeVar as TypeVarWithDefault
 
 from sessionscope._entry import entry_point, finished, place_of
-from sessionscope._guards import caller
 from sessionscope._options import Options, read_url, url_from_env
-from sessionscope._unit import SessionT, Source, Unit
-from sessionscope.events import Stats
+from sessionscope._places import caller
+from sessionscope._source import Source
+from sessionscope._unit import Unit
+from sessionscope.events import Observer, Stats
+
+SessionT = TypeVarWithDefault("SessionT", bound=Session, default=Session)
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -64,21 +68,23 @@ class Database(Generic[SessionT]):
         session_class: type[SessionT] = Session,  # type: ignore[assignment]  # a TypeVar's default
         engine_options: Mapping[str, Any] | None = None,
         session_options: Mapping[str, Any] | None = None,
+        observers: Iterable[Observer] = (),
     ) -> None:
         options = Options(
-            read_url(url),
+            read_url(url, is_async=False),
             pool_size=pool_size,
             max_overflow=max_overflow,
             pool_timeout=pool_timeout,
             max_waiting=max_waiting,
             isolation_level=isolation_level,
             session_class=session_class,
+            session_base=Session,
+            is_async=False,
             engine_options=engine_options or _NONE,
             session_options=session_options or _NONE,
         )
-        self._source = Source(
-            options, session_class, f"{type(self).__name__}({options.safe_url!r})"
-        )
+        name = f"{type(self).__name__}({options.safe_url!r})"
+        self._source: Source[SessionT] = Source(options, name, observers)
 
     @classmethod
     def from_env(
@@ -125,14 +131,21 @@ class Database(Generic[SessionT]):
         return self._source.sessionmaker
 
     def begin(
-        self, *, read_only: bool = False, isolation_level: str | None = None
+        self,
+        *,
+        read_only: bool = False,
+        isolation_level: str | None = None,
+        independent: bool = False,
     ) -> AbstractContextManager[SessionT]:
         """Open a unit of work: commit at the end of the block, roll back on any exception.
 
         A writing unit waits for three round trips plus one per statement after the
         first; a *read_only* one for one per SELECT. *isolation_level* is for this
         unit; on a read-only one ``"REPEATABLE READ"`` gives a snapshot, which needs
-        a real transaction. Raises ConfigurationError at once; PoolBusy and NestedUnit
+        a real transaction. An *independent* unit may be opened inside of another one and
+        commits on its own, over the one connection that is in reserve for such units;
+        SQLite has none, so there it needs a read-only unit around it. Raises
+        ConfigurationError at once; PoolBusy and NestedUnit
         when the block begins; DatabaseUnavailable at the first statement; and at the end
         what ``Unit.commit()`` raises: TransactionDoomed, CommitUnknown, SessionEnded,
         ReadOnlyUnit, and what flush() and COMMIT raise.
@@ -141,6 +154,7 @@ class Database(Generic[SessionT]):
             self,
             read_only=read_only,
             isolation_level=isolation_level,
+            independent=independent,
             opened_at=caller(1),
         )
 
@@ -154,7 +168,11 @@ class Database(Generic[SessionT]):
         return self._run(fn, args, kwargs)
 
     def with_session(
-        self, *, read_only: bool = False, isolation_level: str | None = None
+        self,
+        *,
+        read_only: bool = False,
+        isolation_level: str | None = None,
+        independent: bool = False,
     ) -> _WithSession[SessionT]:
         """Make ``fn(session, ...)`` an entry point ``fn(...)`` that is one unit of work.
 
@@ -166,7 +184,14 @@ class Database(Generic[SessionT]):
         """
 
         def run(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            return self._run(fn, args, kwargs, read_only=read_only, isolation_level=isolation_level)
+            return self._run(
+                fn,
+                args,
+                kwargs,
+                read_only=read_only,
+                isolation_level=isolation_level,
+                independent=independent,
+            )
 
         def decorate(fn: Callable[..., Any], /) -> Callable[..., Any]:
             return entry_point(fn, run)
@@ -183,20 +208,7 @@ class Database(Generic[SessionT]):
 
     def stats(self) -> Stats:
         """Return what the Database is doing now and has done so far. Costs no I/O."""
-        gates = self._source.gates
-        limits = [gate.limit for gate in gates if gate.limit is not None]
-        return Stats(
-            limit=sum(limits) if limits else None,
-            in_use=sum(gate.in_use for gate in gates),
-            idle=self._source.engines.idle,
-            waiting=sum(gate.waiting for gate in gates),
-            begun=sum(gate.begun for gate in gates),
-            committed=sum(gate.committed for gate in gates),
-            rolled_back=sum(gate.rolled_back for gate in gates),
-            refused=sum(gate.refused for gate in gates),
-            longest_wait=max(gate.longest_wait for gate in gates),
-            longest_use=max(gate.longest_use for gate in gates),
-        )
+        return self._source.stats()
 
     def limit_waiting_threads(self, threads: Callable[[], int | None]) -> None:
         """For integrations: keep a framework's bounded thread pool from filling with waiters.
@@ -206,8 +218,7 @@ class Database(Generic[SessionT]):
         wait in ``begin()``: they get PoolBusy at once. Databases that are given the
         same callable share the pool.
         """
-        for gate in self._source.gates:
-            gate.limit_waiting_threads(threads)
+        self._source.limit_waiting_threads(threads)
 
     def drain(self, timeout: float) -> bool:
         """Refuse new units, wait at most *timeout* seconds for those at work to end.
@@ -215,18 +226,12 @@ class Database(Generic[SessionT]):
         Returns whether all have ended; if so, their connections are closed. Afterwards
         units are admitted again, as after ``Engine.dispose()``.
         """
-        gates = self._source.gates
         deadline = monotonic() + timeout
-        for gate in gates:
-            gate.start_draining()
-        try:
-            ended = all(gate.wait_until_empty(deadline - monotonic()) for gate in gates)
+        with self._source.draining():
+            ended = self._source.wait_until_empty(deadline)
             # What is in use would outlive its pool; one in memory is the data.
             if ended and not self._source.options.is_memory:
                 self.dispose()
-        finally:
-            for gate in gates:
-                gate.stop_draining()
         return ended
 
     def dispose(self) -> None:
@@ -244,13 +249,15 @@ class Database(Generic[SessionT]):
         *,
         read_only: bool = False,
         isolation_level: str | None = None,
+        independent: bool = False,
     ) -> _R:
         unit = Unit(
             self,
             read_only=read_only,
             isolation_level=isolation_level,
+            independent=independent,
             opened_at=place_of(fn),
         )
         with unit as session:
-            result: _R = finished(fn(session, *args, **kwargs), fn)
+            result: _R = finished(fn(session, *args, **kwargs), fn, "a Database is synchronous")
             return result

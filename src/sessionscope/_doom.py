@@ -1,6 +1,6 @@
 """What the driver knows of a transaction that can no longer commit.
 
-psycopg and sqlite3 know its state at any time. MySQL's error packets carry no
+psycopg and sqlite3 know its state at any time; asyncpg hides it. MySQL's error packets carry no
 state: after an error one ping (a round trip) brings the server's status, because a
 deadlock (1213) rolls back the whole transaction, while most errors undo their
 statement only (https://dev.mysql.com/doc/refman/8.4/en/innodb-error-handling.html).
@@ -12,6 +12,7 @@ from typing import Any
 
 from sqlalchemy.engine.interfaces import ExceptionContext
 from sqlalchemy.pool import PoolProxiedConnection
+from sqlalchemy.util import await_only
 
 from sessionscope import _sqlite
 
@@ -20,6 +21,11 @@ IsDoomed = Callable[[PoolProxiedConnection], bool]
 
 # Marks, in a connection's info, that the server has ended its transaction by itself.
 LOST = "sessionscope.lost"
+
+# The key in a connection's info of what failed in its transaction.
+SUSPECT = "sessionscope.suspect"
+# The SQLSTATE of every statement that PostgreSQL is sent after one has failed.
+IN_FAILED_TRANSACTION = "25P02"
 
 # libpq's PQTRANS_INERROR: only a ROLLBACK can follow.
 _PQTRANS_INERROR = 3
@@ -92,8 +98,20 @@ def _psycopg2_is_doomed(proxied: PoolProxiedConnection) -> bool:
     return bool(driver_connection.info.transaction_status == _PQTRANS_INERROR)
 
 
+def _asyncpg_is_doomed(proxied: PoolProxiedConnection) -> bool:
+    """Ask the server (a round trip), if something has failed: the driver does not tell."""
+    driver_connection: Any = proxied.driver_connection
+    if SUSPECT not in proxied.info or not driver_connection.is_in_transaction():
+        return False
+    try:
+        await_only(driver_connection.execute("SELECT 1"))
+    except Exception as error:
+        return getattr(error, "sqlstate", None) == IN_FAILED_TRANSACTION
+    return False
+
+
 def _sqlite_is_doomed(proxied: PoolProxiedConnection) -> bool:
-    driver_connection: Any = proxied.dbapi_connection
+    driver_connection: Any = proxied.driver_connection
     return _sqlite.BEGAN in proxied.info and not driver_connection.in_transaction
 
 
@@ -106,6 +124,9 @@ def doom_check(dialect_name: str, driver: str) -> IsDoomed:
 
 _CHECKS: dict[tuple[str, str], IsDoomed] = {
     ("postgresql", "psycopg"): _psycopg_is_doomed,
+    ("postgresql", "psycopg_async"): _psycopg_is_doomed,
     ("postgresql", "psycopg2"): _psycopg2_is_doomed,
+    ("postgresql", "asyncpg"): _asyncpg_is_doomed,
     ("sqlite", "pysqlite"): _sqlite_is_doomed,
+    ("sqlite", "aiosqlite"): _sqlite_is_doomed,
 }

@@ -1,18 +1,30 @@
 """The pair of engines: a writing one, a read-only one, and one bound over both."""
 
-import threading
 from collections.abc import Callable
+from copy import copy
+from threading import TIMEOUT_MAX, Lock
 from typing import Any
 
-from sqlalchemy import Engine, create_engine, pool
+from sqlalchemy import Engine, pool
 from sqlalchemy import exc as sa_exc
 
 from sessionscope import _sqlite
+from sessionscope._async_backends import AsyncBackends
+from sessionscope._backends import Backends
 from sessionscope._liveness import keep_alive
 from sessionscope._options import Options, missing_driver
-from sessionscope._pool import Bound, MemoryPool, SharedQueuePool
+from sessionscope._pool import (
+    AsyncSharedQueuePool,
+    CountedNullPool,
+    MemoryPool,
+    SharedQueuePool,
+)
 from sessionscope._read_only import make_read_only, make_view_read_only
+from sessionscope._signal import AsyncSignal, Signal
 from sessionscope.exc import ConfigurationError
+
+# create_engine(), or what makes the engine of an AsyncEngine.
+CreateEngine = Callable[..., Engine]
 
 
 class Engines:
@@ -23,41 +35,76 @@ class Engines:
     other opens one. *demand* tells how many units run or wait.
     """
 
-    def __init__(self, options: Options, demand: Callable[[], int]) -> None:
+    def __init__(self, options: Options, create: CreateEngine, demand: Callable[[], int]) -> None:
         self.options = options
-        self._views: dict[tuple[bool, str], Engine] = {}
-        self.write = _create(options, **_write_options(options))
+        self._views: dict[tuple[bool, str | None, bool], Engine] = {}
+        self._lock = Lock()
+        signal = AsyncSignal() if options.is_async else Signal()
+        backends = AsyncBackends if options.is_async else Backends
+        self.backends = backends(options.limit, demand, self._pools, signal)
+        self._reserve = backends(1, _none, self._pools_in_reserve, signal)
+        self._reserved: tuple[Engine, ...] = ()
+        self.write = _create(options, create, **_write_options(options))
         if options.is_memory:
             # One connection, for one user at a time: an AUTOCOMMIT view of it would
             # show readers what a writer has not committed.
             assert isinstance(self.write.pool, MemoryPool)
-            self.write.pool.timeout = min(options.pool_timeout, threading.TIMEOUT_MAX)
+            self.write.pool.timeout = min(options.pool_timeout, TIMEOUT_MAX)
+            self.write.pool.share(self.backends)
             _sqlite.prepare_memory(self.write)
             self.read = _sqlite.memory_reader(self.write)
             make_view_read_only(self.read)
             return
-        self.read = _create(options, **_read_options(options))
+        self.read = _create(options, create, **_read_options(options))
         for engine in (self.write, self.read):
             if options.is_sqlite:
                 _sqlite.prepare_file(engine, writes=engine is self.write)
             else:
                 keep_alive(engine)
+            assert isinstance(engine.pool, (SharedQueuePool, CountedNullPool))
+            engine.pool.share(self.backends)
         make_read_only(self.read)
-        _share_bound(options, demand, self.write, self.read)
 
-    def bind(self, *, read_only: bool, isolation_level: str | None) -> Engine:
-        """Return the engine for a unit of work, as a view when it names an isolation level."""
+    def _pools(self) -> list[SharedQueuePool]:
+        return _pools_of(self.read, self.write)
+
+    def _pools_in_reserve(self) -> list[SharedQueuePool]:
+        return _pools_of(*self._reserved)
+
+    def bind(
+        self, *, read_only: bool, isolation_level: str | None, independent: bool = False
+    ) -> Engine:
+        """Return the engine for a unit of work, as a view when it names an isolation level.
+
+        An *independent* one has the same settings and listeners, and one connection of its
+        own in reserve. SQLite, which has one writer, has none.
+        """
         engine = self.read if read_only else self.write
+        independent = independent and not self.options.is_sqlite
+        if isolation_level is None and not independent:
+            return engine
+        key = read_only, isolation_level, independent
+        if key not in self._views:
+            with self._lock:
+                engine = self._in_reserve(read_only=read_only) if independent else engine
+                self._views.setdefault(key, self._view(engine, isolation_level, read_only))
+        return self._views[key]
+
+    def _view(self, engine: Engine, isolation_level: str | None, read_only: bool) -> Engine:
         if isolation_level is None:
             return engine
-        key = read_only, isolation_level
-        if key not in self._views:
-            if self.options.is_sqlite:
-                view = _sqlite.at_isolation_level(engine, isolation_level, read_only=read_only)
-            else:
-                view = engine.execution_options(isolation_level=isolation_level)
-            self._views.setdefault(key, view)
-        return self._views[key]
+        if self.options.is_sqlite:
+            return _sqlite.at_isolation_level(engine, isolation_level, read_only=read_only)
+        return engine.execution_options(isolation_level=isolation_level)
+
+    def _in_reserve(self, *, read_only: bool) -> Engine:
+        if not self._reserved:
+            self._reserved = tuple(copy(engine) for engine in (self.write, self.read))
+            for engine in self._reserved:
+                engine.pool = engine.pool.recreate()
+                assert isinstance(engine.pool, (SharedQueuePool, CountedNullPool))
+                engine.pool.share(self._reserve)
+        return self._reserved[read_only]
 
     @property
     def idle(self) -> int:
@@ -65,20 +112,25 @@ class Engines:
         pools = {id(engine.pool): engine.pool for engine in (self.write, self.read)}
         return sum(p.checkedin() for p in pools.values() if isinstance(p, pool.QueuePool))
 
+    async def settle(self) -> None:
+        """Wait until the connections that tasks have closed are gone."""
+        for backends in (self.backends, self._reserve):
+            assert isinstance(backends, AsyncBackends)
+            await backends.settle()
+
     def dispose(self) -> None:
         """Close the connections that are not in use; later ones are opened anew."""
-        self.write.dispose()
-        if not self.options.is_memory:
-            self.read.dispose()
+        engines = (self.write, self.read, *self._reserved)
+        for engine in {id(engine.pool): engine for engine in engines}.values():
+            engine.dispose()
 
 
-def _create(options: Options, **settings: Any) -> Engine:
+def _create(options: Options, create: CreateEngine, **settings: Any) -> Engine:
     given = dict(options.engine_options)
-    if options.is_memory or given.get("poolclass") is pool.QueuePool:
-        given.pop("poolclass", None)  # ours is that, and more
+    given.pop("poolclass", None)  # ours is that, and more
     connect_args = {**given.pop("connect_args", {}), **settings.pop("connect_args", {})}
     try:
-        return create_engine(options.url, connect_args=connect_args, **{**settings, **given})
+        engine = create(options.url, connect_args=connect_args, **{**settings, **given})
     except ImportError as error:
         raise missing_driver(options.url, error) from error
     except ValueError:
@@ -91,6 +143,10 @@ def _create(options: Options, **settings: Any) -> Engine:
         raise ConfigurationError(
             f"create_engine() refused the URL or an option: {error}"
         ) from error
+    if options.is_async:
+        # SQLAlchemy then leaves connections that the garbage collector finds to their pool.
+        engine.dialect.has_terminate = True
+    return engine
 
 
 def _write_options(options: Options) -> dict[str, Any]:
@@ -114,18 +170,20 @@ def _common_options(options: Options) -> dict[str, Any]:
         settings["connect_args"] = _sqlite.connect_args(options)
     if options.is_memory:
         settings["poolclass"] = MemoryPool
-    elif not issubclass(options.engine_options.get("poolclass", pool.QueuePool), pool.NullPool):
+    elif issubclass(options.engine_options.get("poolclass", pool.QueuePool), pool.NullPool):
+        settings["poolclass"] = CountedNullPool
+    else:
         settings["pool_size"] = options.pool_size
         settings["max_overflow"] = options.max_overflow
         settings["pool_timeout"] = options.pool_timeout
-        settings["poolclass"] = SharedQueuePool
+        settings["poolclass"] = AsyncSharedQueuePool if options.is_async else SharedQueuePool
     return settings
 
 
-def _share_bound(options: Options, demand: Callable[[], int], *engines: Engine) -> None:
-    if options.limit is None:
-        return
-    bound = Bound(options.limit, engines, demand)
-    for engine in engines:
-        if isinstance(engine.pool, SharedQueuePool):
-            engine.pool.share(bound)
+def _pools_of(*engines: Engine) -> list[SharedQueuePool]:
+    # Asked anew each time: Engine.dispose() replaces the pool.
+    return [engine.pool for engine in engines if isinstance(engine.pool, SharedQueuePool)]
+
+
+def _none() -> int:
+    return 0

@@ -1,15 +1,18 @@
 """Entry points: functions that are called without a session and own a unit of work."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from types import CoroutineType
 from typing import Any
 
-from sessionscope._guards import Place
+from sessionscope._places import Place
 from sessionscope.exc import ConfigurationError
 
 # Runs fn, which takes a session as its first argument, as one unit of work.
 Runner = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+
+
+AsyncRunner = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Awaitable[Any]]
 
 
 def entry_point(fn: Callable[..., Any], run: Runner) -> Callable[..., Any]:
@@ -19,11 +22,12 @@ def entry_point(fn: Callable[..., Any], run: Runner) -> Callable[..., Any]:
     also missing from the signature that the result shows, which is what
     frameworks read, so there is no ``__wrapped__`` to find it through.
     """
-    signature = _evaluated_signature(fn)
-    parameters = list(signature.parameters.values())
-    is_method = bool(parameters) and parameters[0].name in ("self", "cls")
-    position = 1 if is_method else 0
-    _check(fn, parameters, position)
+    if is_async(fn):
+        raise ConfigurationError(
+            f"with_session() of a Database cannot wrap {_name(fn)}, an `async def` function: its "
+            "queries would block the event loop. Use an AsyncDatabase, or write it with `def`; "
+            "async frameworks run such functions in a thread"
+        )
 
     def call(*args: Any, **kwargs: Any) -> Any:
         return run(fn, args, kwargs)
@@ -31,6 +35,49 @@ def entry_point(fn: Callable[..., Any], run: Runner) -> Callable[..., Any]:
     def call_method(owner: Any, /, *args: Any, **kwargs: Any) -> Any:
         return run(fn.__get__(owner), args, kwargs)
 
+    return _without_session(fn, call, call_method)
+
+
+def async_entry_point(fn: Callable[..., Any], run: AsyncRunner) -> Callable[..., Any]:
+    """Async version of :func:`entry_point`, whose result is an ``async def``."""
+
+    async def call(*args: Any, **kwargs: Any) -> Any:
+        return await run(fn, args, kwargs)
+
+    async def call_method(owner: Any, /, *args: Any, **kwargs: Any) -> Any:
+        return await run(fn.__get__(owner), args, kwargs)
+
+    return _without_session(fn, call, call_method)
+
+
+def is_async(fn: Callable[..., Any]) -> bool:
+    """Return whether a call of *fn* must be awaited."""
+    return inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(
+        getattr(fn, "__call__", None)  # noqa: B004  # of an object, its class's
+    )
+
+
+def finished(result: Any, fn: Callable[..., Any], why: str) -> Any:
+    """Return *result*, unless it is a coroutine, which has not done its work yet."""
+    if isinstance(result, CoroutineType):
+        result.close()
+        raise ConfigurationError(
+            f"{_name(fn)} returned a coroutine, and {why}: its work would be done after the unit "
+            "of work, or nowhere. Pass an `async def` to an AsyncDatabase, and a `def` that does "
+            "its work itself to a Database"
+        )
+    return result
+
+
+def _without_session(
+    fn: Callable[..., Any], call: Callable[..., Any], call_method: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Return *call*, or *call_method*, dressed as *fn* without its session parameter."""
+    signature = _evaluated_signature(fn)
+    parameters = list(signature.parameters.values())
+    is_method = bool(parameters) and parameters[0].name in ("self", "cls")
+    position = 1 if is_method else 0
+    _check(fn, parameters, position)
     wrapper = call_method if is_method else call
     session = parameters.pop(position)
     for name in ("__module__", "__name__", "__qualname__", "__doc__"):
@@ -43,17 +90,6 @@ def entry_point(fn: Callable[..., Any], run: Runner) -> Callable[..., Any]:
     return wrapper
 
 
-def finished(result: Any, fn: Callable[..., Any]) -> Any:
-    """Return *result*, unless it is a coroutine, which has not done its work yet."""
-    if isinstance(result, CoroutineType):
-        result.close()
-        raise ConfigurationError(
-            f"{_name(fn)} is an `async def` function and a Database is synchronous: its queries "
-            "would block the event loop. Write it with `def`"
-        )
-    return result
-
-
 def place_of(fn: Callable[..., Any]) -> Place | None:
     """Return where *fn* is defined, for errors to name."""
     code = getattr(fn, "__code__", None)
@@ -61,13 +97,7 @@ def place_of(fn: Callable[..., Any]) -> Place | None:
 
 
 def _check(fn: Callable[..., Any], parameters: list[inspect.Parameter], position: int) -> None:
-    if inspect.iscoroutinefunction(fn) or inspect.isasyncgenfunction(fn):
-        raise ConfigurationError(
-            f"with_session() of a Database cannot wrap {_name(fn)}, an `async def` function: its "
-            "queries would block the event loop. Write it with `def`; async frameworks run such "
-            "functions in a thread"
-        )
-    if inspect.isgeneratorfunction(fn):
+    if inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn):
         raise ConfigurationError(
             f"with_session() cannot wrap {_name(fn)}, a generator function: its body runs after "
             "the unit of work has ended. Return a list, or open the unit inside: "

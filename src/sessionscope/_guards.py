@@ -1,37 +1,23 @@
 """What is refused: a session after its end, a write in a read-only unit, a second unit."""
 
 import asyncio
-import sys
 import threading
 from collections.abc import Sequence
 from contextvars import ContextVar
-from types import CodeType
 from typing import Any
 
 from sqlalchemy import Connection, event
 from sqlalchemy.orm import Session, SessionTransaction, sessionmaker
 
+from sessionscope import _overlap, _watch
+from sessionscope._options import Options
+from sessionscope._places import Place, describe
+from sessionscope._watch import OnLeak
 from sessionscope.exc import NestedUnit, ReadOnlyUnit, SessionEnded
 
 # The key in Session.info, and in Connection.info while the session uses the
 # connection, of the Scope of their unit of work.
 UNIT = "sessionscope.unit"
-
-# A line of code, kept as it comes and put into words only for an error.
-Place = tuple[CodeType, int]
-
-
-def caller(depth: int) -> Place:
-    """Return the place that many calls above the function that asks."""
-    # A whole stack costs a hundred times more.
-    frame = sys._getframe(depth + 1)  # pyright: ignore[reportPrivateUsage]  # documented
-    return frame.f_code, frame.f_lineno
-
-
-def describe(place: Place) -> str:
-    """Return the place as ``file:line (function)``."""
-    code, line = place
-    return f"{code.co_filename}:{line} ({code.co_qualname})"
 
 
 class Scope:
@@ -41,6 +27,9 @@ class Scope:
         "autocommit",
         "connection",
         "ended",
+        "independent",
+        "is_async",
+        "left",
         "opened_at",
         "owner",
         "read_only",
@@ -51,10 +40,19 @@ class Scope:
     )
 
     def __init__(
-        self, owner: object, opened_at: Place, *, read_only: bool, autocommit: bool
+        self,
+        owner: object,
+        opened_at: Place,
+        *,
+        is_async: bool,
+        read_only: bool,
+        autocommit: bool,
+        independent: bool,
     ) -> None:
         self.owner = owner
         self.opened_at = opened_at
+        self.is_async = is_async
+        self.independent = independent
         self.read_only = read_only
         self.autocommit = autocommit  # nothing to commit or roll back at its end
         self.connection: Connection | None = None  # the last one that the session used
@@ -62,6 +60,7 @@ class Scope:
         self.thread = 0
         self.used = False  # a transaction was begun
         self.streams = False  # a read-only unit had to begin a real one, for a server-side cursor
+        self.left = False  # its flow of control has gone on, its clean-up may go on in a task
         self.ended = False
 
 
@@ -70,19 +69,34 @@ class Scope:
 _held: ContextVar[tuple[Scope, ...]] = ContextVar("sessionscope_held", default=())
 
 
-def refuse_nested(owner: object, database: str) -> None:
-    """Raise NestedUnit if this flow of control holds a unit of *owner*.
+def refuse_nested(scope: Scope, database: str, options: Options) -> None:
+    """Raise NestedUnit if this flow of control holds a unit of the same Database.
 
     A new task or thread is a flow of its own. Without this rule, units that hold
-    one connection and wait for another can all wait for each other.
+    one connection and wait for another can all wait for each other. An independent
+    unit has a connection in reserve, and is refused inside of another one only. SQLite
+    has one writer, so there the outer unit must be a read-only one.
     """
-    for scope in _held.get():
-        if scope.owner is owner and not scope.ended and _is_same_flow(scope):
+    for outer in _held.get():
+        if outer.owner is not scope.owner or outer.left or not _is_same_flow(outer):
+            continue
+        opened = f"of {database} is open already, opened at {describe(outer.opened_at)}"
+        if not scope.independent:
             raise NestedUnit(
-                f"A unit of work of {database} is open already, opened at "
-                f"{describe(scope.opened_at)}; a second one here would hold one connection and "
+                f"A unit of work {opened}; a second one here would hold one connection and "
                 "wait for another. Pass the session on, fn(session, ...), to functions that are "
-                "not decorated with with_session()"
+                "not decorated with with_session(), or write begin(independent=True) for work "
+                "that commits on its own"
+            )
+        if options.is_memory or (options.is_sqlite and not outer.read_only):
+            raise NestedUnit(
+                f"A unit of work {opened}, and SQLite has one writer at a time, in memory one "
+                "connection, also for independent=True. Pass the session on, fn(session, ...)"
+            )
+        if outer.independent:
+            raise NestedUnit(
+                f"An independent unit of work {opened}, and there is one connection in reserve "
+                "only. Pass its session on, fn(session, ...)"
             )
 
 
@@ -91,13 +105,13 @@ def enter(scope: Scope) -> None:
     scope.task = _current_task()
     scope.thread = threading.get_ident()
     held = _held.get()
-    _held.set((*(other for other in held if not other.ended), scope) if held else (scope,))
+    _held.set((*(other for other in held if not other.left), scope) if held else (scope,))
 
 
 def leave(scope: Scope) -> None:
-    """End *scope*, from whichever thread."""
-    scope.ended = True
-    scope.task = scope.connection = None
+    """Let the flow of control that held *scope* go on, from whichever thread."""
+    scope.left = True
+    scope.task = None
     held = _held.get()
     if held == (scope,):
         _held.set(())
@@ -116,10 +130,34 @@ def _current_task() -> "asyncio.Task[Any] | None":
     return asyncio.current_task() if asyncio._get_running_loop() is not None else None
 
 
-def watch(factory: sessionmaker[Any]) -> None:
+def info(scope: Scope) -> dict[str, object]:
+    """Return what the session of *scope* is to know of it."""
+    return {UNIT: scope, _watch.OPENED_AT: scope.opened_at}
+
+
+def end(scope: Scope, session: Session | None) -> None:
+    """End *scope*: whatever is done with its *session* from now on is refused."""
+    scope.ended = True
+    scope.connection = None
+    if session is not None and scope.used:
+        _watch.leave(session)
+
+
+def guard(factory: sessionmaker[Any], on_leak: OnLeak) -> None:
     """Put the guards on all sessions that *factory* makes."""
+
+    def begun(session: Session, transaction: SessionTransaction, connection: Connection) -> None:
+        scope: Scope | None = session.info.get(UNIT)
+        if scope is not None:
+            scope.connection = connection
+            connection.info[UNIT] = scope
+        is_autocommit = scope is not None and scope.autocommit
+        _watch.watch(session, connection, on_leak, is_autocommit=is_autocommit)
+
+    _overlap.refuse_overlap(factory)
+    _watch.note_opening(factory)
     event.listen(factory, "after_transaction_create", _refuse_after_end)
-    event.listen(factory, "after_begin", _tell_connection)
+    event.listen(factory, "after_begin", begun)
     event.listen(factory, "before_flush", _refuse_flush)
 
 
@@ -137,20 +175,12 @@ def refuse_ended(session: Session) -> None:
     """Raise SessionEnded if *session* is that of a unit of work that has ended."""
     scope: Scope | None = session.info.get(UNIT)
     if scope is not None and scope.ended:
+        begin = "async with database.begin()" if scope.is_async else "with database.begin()"
         raise SessionEnded(
-            f"This session has ended with its unit of work, opened at {describe(scope.opened_at)}. "
-            "Code that runs later (a stream, a background task, another thread) opens its own: "
-            "with database.begin() as session: ..."
+            "This session has ended with its unit of work, the block, function or endpoint at "
+            f"{describe(scope.opened_at)}. Code that runs later (a stream, a background task, "
+            f"another thread) opens its own: {begin} as session: ..."
         )
-
-
-def _tell_connection(
-    session: Session, transaction: SessionTransaction, connection: Connection
-) -> None:
-    scope: Scope | None = session.info.get(UNIT)
-    if scope is not None:
-        scope.connection = connection
-        connection.info[UNIT] = scope
 
 
 def _refuse_flush(session: Session, context: object, instances: Sequence[object] | None) -> None:

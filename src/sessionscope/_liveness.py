@@ -1,5 +1,6 @@
 """Liveness: dead connections are replaced at checkout, without a ping per checkout."""
 
+import asyncio
 import select
 from collections.abc import Callable
 from time import monotonic
@@ -10,8 +11,8 @@ from sqlalchemy import exc as sa_exc
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
+from sessionscope._backends import descriptor
 from sessionscope._doom import SERVER_STATUS_IN_TRANS
-from sessionscope._pool import descriptor
 
 # A server, proxy or firewall may drop a connection without a word; one that was
 # idle for longer than this many seconds is pinged before it is used again.
@@ -21,6 +22,7 @@ _PQTRANS_IDLE = 0
 
 _RETURNED_AT = "sessionscope.returned_at"
 _POLLER = "sessionscope.poller"
+_LOOP = "sessionscope.loop"
 
 
 def keep_alive(engine: Engine) -> None:
@@ -31,8 +33,11 @@ def keep_alive(engine: Engine) -> None:
     after PING_AFTER_IDLE seconds, is the driver asked to ping.
     """
 
+    is_async = engine.dialect.is_async
+
     def connected(dbapi_connection: DBAPIConnection, record: ConnectionPoolEntry) -> None:
         record.info[_POLLER] = _poller(record.driver_connection)
+        record.info[_LOOP] = asyncio._get_running_loop() if is_async else None
 
     def returned(dbapi_connection: DBAPIConnection | None, record: ConnectionPoolEntry) -> None:
         record.info[_RETURNED_AT] = monotonic()
@@ -45,6 +50,8 @@ def keep_alive(engine: Engine) -> None:
         returned_at = record.info.get(_RETURNED_AT)
         if returned_at is None:  # it has just been opened
             return
+        if is_async and record.info[_LOOP] is not asyncio._get_running_loop():
+            raise sa_exc.DisconnectionError("it belongs to another event loop")
         if _is_in_transaction(record.driver_connection):
             raise sa_exc.DisconnectionError("it was given back with a transaction open")
         if monotonic() - returned_at > PING_AFTER_IDLE or record.info[_POLLER]():
@@ -62,6 +69,8 @@ def _is_in_transaction(driver_connection: Any) -> bool:
         libpq = getattr(driver_connection, "info", None)
     if libpq is not None:
         return bool(libpq.transaction_status != _PQTRANS_IDLE)
+    if hasattr(driver_connection, "is_in_transaction"):  # asyncpg
+        return bool(driver_connection.is_in_transaction())
     return bool(getattr(driver_connection, "server_status", 0) & SERVER_STATUS_IN_TRANS)
 
 

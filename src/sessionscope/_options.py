@@ -9,7 +9,6 @@ from typing import Any, cast
 from sqlalchemy import URL, make_url
 from sqlalchemy import exc as sa_exc
 from sqlalchemy.engine.interfaces import Dialect
-from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool, QueuePool, StaticPool
 
 from sessionscope.exc import ConfigurationError
@@ -30,6 +29,15 @@ _INSTALL = {
     "pymysql": 'pip install "sessionscope[mysql]"',
     "psycopg2": "pip install psycopg2-binary",
     "MySQLdb": 'pip install mysqlclient, or write "mysql+pymysql://"',
+    "greenlet": 'pip install "sessionscope[asyncio]"',
+}
+
+_SYNC_DRIVERS = {"postgresql": "+psycopg", "mysql": "+pymysql", "mariadb": "+pymysql"}
+_ASYNC_DRIVERS = {
+    "postgresql": "+asyncpg",
+    "mysql": "+asyncmy",
+    "mariadb": "+asyncmy",
+    "sqlite": "+aiosqlite",
 }
 
 # What Database takes by name, so that it is never given twice.
@@ -51,7 +59,9 @@ class Options:
     pool_timeout: float
     max_waiting: int | None
     isolation_level: str | None
-    session_class: type[Session]
+    session_class: type[Any]
+    session_base: type[Any]
+    is_async: bool
     engine_options: Mapping[str, Any] = field(repr=False)
     session_options: Mapping[str, Any] = field(repr=False)
 
@@ -61,10 +71,11 @@ class Options:
         _check_number("pool_timeout", self.pool_timeout, at_least=0, integer=False)
         if self.max_waiting is not None:
             _check_number("max_waiting", self.max_waiting, at_least=0)
-        session_class = cast(object, self.session_class)
-        if not (isinstance(session_class, type) and issubclass(session_class, Session)):
+        session_class, base = cast(object, self.session_class), self.session_base
+        if not (isinstance(session_class, type) and issubclass(session_class, base)):
             raise ConfigurationError(
-                f"session_class={session_class!r} is not a subclass of sqlalchemy.orm.Session"
+                f"session_class={session_class!r} is not a subclass of "
+                f"{base.__module__.removesuffix('.session')}.{base.__name__}"
             )
         check_isolation_level(self.isolation_level)
         if self.isolation_level == "AUTOCOMMIT":
@@ -122,20 +133,25 @@ class Options:
         return None if unlimited else self.pool_size + self.max_overflow
 
 
-def read_url(url: str | URL) -> URL:
-    """Return *url* as a URL of a synchronous driver, or raise ConfigurationError.
+def read_url(url: str | URL, *, is_async: bool) -> URL:
+    """Return *url* as that of a driver of the asked kind, or raise ConfigurationError.
 
-    ``postgresql://`` means psycopg 3 on every version of SQLAlchemy.
+    ``postgresql://`` means psycopg 3, which has both, on every version of SQLAlchemy.
     """
     parsed = url if isinstance(url, URL) else _parse(url)
     if parsed.drivername == "postgresql":
         parsed = parsed.set(drivername="postgresql+psycopg")
-    if _dialect(parsed).is_async:
-        raise ConfigurationError(
-            f"{parsed.drivername!r} is an asynchronous driver, and Database is synchronous: write "
-            f"{_sync_name(parsed)!r} in its place"
-        )
-    return parsed
+    if _dialect(parsed, is_async=is_async).is_async is is_async:
+        return parsed
+    kind, right, wrong = (
+        ("a synchronous", "Database", "AsyncDatabase")
+        if is_async
+        else ("an asynchronous", "AsyncDatabase", "Database")
+    )
+    raise ConfigurationError(
+        f"{parsed.drivername!r} is {kind} driver, and this is {wrong}: use {right}, or write "
+        f"{_other_name(parsed, is_async=is_async)!r} in its place"
+    )
 
 
 def url_from_env(variable: str, default: str | URL | None) -> str | URL:
@@ -189,9 +205,9 @@ def _parse(url: object) -> URL:
         ) from None
 
 
-def _dialect(url: URL) -> type[Dialect]:
+def _dialect(url: URL, *, is_async: bool) -> type[Dialect]:
     try:
-        return url.get_dialect()
+        return url.get_dialect(_is_async=is_async)
     except sa_exc.NoSuchModuleError:
         raise ConfigurationError(
             f"The database or driver {url.drivername!r} is not known to SQLAlchemy: "
@@ -201,9 +217,9 @@ def _dialect(url: URL) -> type[Dialect]:
         raise missing_driver(url, error) from error
 
 
-def _sync_name(url: URL) -> str:
+def _other_name(url: URL, *, is_async: bool) -> str:
     backend = url.get_backend_name()
-    drivers = {"postgresql": "+psycopg", "mysql": "+pymysql", "mariadb": "+pymysql"}
+    drivers = _ASYNC_DRIVERS if is_async else _SYNC_DRIVERS
     return f"{backend}{drivers.get(backend, '')}://"
 
 

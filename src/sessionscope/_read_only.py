@@ -71,7 +71,7 @@ def _begin_for_stream(context: DefaultExecutionContext) -> None:
         driver_connection: Any = proxied.dbapi_connection
         if driver_connection.autocommit:
             # The driver sends BEGIN before the DECLARE; default_transaction_read_only holds.
-            driver_connection.autocommit = False
+            _set_autocommit(driver_connection, on=False)
             proxied.info[_STREAMING] = True
             if UNIT in proxied.info:
                 proxied.info[UNIT].streams = True
@@ -80,4 +80,12 @@ def _begin_for_stream(context: DefaultExecutionContext) -> None:
 def _end_stream(dbapi_connection: Any, record: ConnectionPoolEntry, state: object) -> None:
     if record.info.pop(_STREAMING, False):
         dbapi_connection.rollback()
-        dbapi_connection.autocommit = True
+        _set_autocommit(dbapi_connection, on=True)
+
+
+def _set_autocommit(dbapi_connection: Any, *, on: bool) -> None:
+    if hasattr(dbapi_connection, "_isolation_setting"):
+        # SQLAlchemy's adapter of asyncpg, whose autocommit = False returns to its first level.
+        dbapi_connection.isolation_level = "autocommit" if on else None
+    else:
+        dbapi_connection.autocommit = on

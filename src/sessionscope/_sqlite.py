@@ -81,33 +81,34 @@ def _prepare(engine: Engine, *, begin: str | None, wal: bool) -> None:
     engine.dialect.do_begin = do_begin  # type: ignore[method-assign, assignment]  # as a subclass would
 
 
-def _use_wal(driver_connection: sqlite3.Connection) -> None:
+def _use_wal(dbapi_connection: Any) -> None:
     # It fails on a file that cannot be written, or that another process is switching
     # right now: every journal mode is correct, this one is only faster.
     with suppress(sqlite3.OperationalError):
-        driver_connection.execute("PRAGMA journal_mode = WAL")
+        dbapi_connection.execute("PRAGMA journal_mode = WAL")
 
 
 def _begin(proxied: PoolProxiedConnection, statement: str) -> None:
-    driver_connection: Any = proxied.dbapi_connection
-    driver_connection.execute(statement)
+    dbapi_connection: Any = proxied.dbapi_connection
+    dbapi_connection.execute(statement)
     proxied.info[BEGAN] = True
     if _QUERY_ONLY in proxied.info:
-        driver_connection.execute("PRAGMA query_only = 1")
+        dbapi_connection.execute("PRAGMA query_only = 1")
 
 
-def _restore(driver_connection: Any, record: ConnectionPoolEntry) -> None:
+def _restore(dbapi_connection: Any, record: ConnectionPoolEntry) -> None:
     """Give the next user a connection as it was opened."""
     info = record.info
     info.pop(_BEGIN, None)
     info.pop(BEGAN, None)
-    if driver_connection is None:  # it was closed
+    driver_connection = record.driver_connection
+    if dbapi_connection is None or driver_connection is None:  # it was closed
         return
     if driver_connection.in_transaction:
         # After a COMMIT that failed SQLite keeps the transaction open.
-        driver_connection.rollback()
+        dbapi_connection.rollback()
     if info.pop(_QUERY_ONLY, False):
-        driver_connection.execute("PRAGMA query_only = 0")
-    if driver_connection.isolation_level is not None:
+        dbapi_connection.execute("PRAGMA query_only = 0")
+    if dbapi_connection.isolation_level is not None:
         # SQLAlchemy's isolation_level option switches the legacy mode back on.
-        driver_connection.isolation_level = None
+        dbapi_connection.isolation_level = None

@@ -3,57 +3,28 @@
 import logging
 from collections.abc import Callable, Collection
 from contextlib import suppress
-from time import monotonic, sleep
+from time import monotonic
 from types import TracebackType
 from typing import Any, Generic, Protocol
 
-from sqlalchemy import Engine
 from sqlalchemy.exc import IllegalStateChangeError, InvalidRequestError, PendingRollbackError
-from sqlalchemy.orm import Session, sessionmaker
-from typing_extensions import TypeVar
+from sqlalchemy.orm import Session
 
-from sessionscope import _guards, _hooks
-from sessionscope._commit import verify_commits
-from sessionscope._engines import Engines
-from sessionscope._gate import Gate
-from sessionscope._guards import UNIT, Place, Scope, caller, describe
-from sessionscope._options import Options, check_isolation_level
-from sessionscope._pool import interrupt
-from sessionscope.exc import ConfigurationError, SessionEnded, TransactionDoomed
-
-SessionT = TypeVar("SessionT", bound=Session, default=Session)
+from sessionscope import _guards, _hooks, _overlap, _watch
+from sessionscope._guards import Scope
+from sessionscope._interrupt import interrupt
+from sessionscope._options import check_isolation_level
+from sessionscope._places import Place, caller, describe
+from sessionscope._source import SessionT, Source
+from sessionscope.events import Outcome, UnitBegan, UnitEnded, UnitRefused, UnitWaited
+from sessionscope.exc import PoolBusy, SessionEnded, TransactionDoomed
 
 # Seconds for which close() waits for another thread to leave the session.
 _PATIENCE = 5.0
+# Seconds up to which a unit counts as admitted without waiting.
+_AT_ONCE = 0.001
 
 _log = logging.getLogger("sessionscope")
-
-
-class Source(Generic[SessionT]):
-    """What all units of work of one Database share."""
-
-    def __init__(self, options: Options, session_class: type[SessionT], name: str) -> None:
-        self.name = name
-        self.options = options
-        self.gates = _make_gates(options)
-        self.engines = Engines(options, self._demand)
-        for engine in {id(e.dialect): e for e in (self.engines.read, self.engines.write)}.values():
-            verify_commits(engine, name)
-        # A read-only unit has no transaction to prepare.
-        two_phase = options.session_options.get("twophase", False)
-        self.read_only_overrides = {"twophase": False} if two_phase else {}
-        self.sessionmaker = _make_sessionmaker(options, session_class, self.engines.write)
-
-    def _demand(self) -> int:
-        return sum(gate.in_use + gate.waiting for gate in self.gates)
-
-    def bind(self, *, read_only: bool, isolation_level: str | None) -> Engine:
-        """Return the engine for such units."""
-        return self.engines.bind(read_only=read_only, isolation_level=isolation_level)
-
-    def gate(self, *, read_only: bool) -> Gate:
-        """Return the gate that admits such units."""
-        return self.gates[-1 if read_only else 0]
 
 
 class _HasSource(Protocol[SessionT]):
@@ -87,6 +58,7 @@ class Unit(Generic[SessionT]):
         "_bind",
         "_committed",
         "_gate",
+        "_given",
         "_is_open",
         "_scope",
         "_session",
@@ -99,19 +71,26 @@ class Unit(Generic[SessionT]):
         *,
         read_only: bool = False,
         isolation_level: str | None = None,
+        independent: bool = False,
         opened_at: Place | None = None,
     ) -> None:
         check_isolation_level(isolation_level)
-        if opened_at is None:
-            opened_at = caller(1)
         source = database._source  # pyright: ignore[reportPrivateUsage]  # its own half
         self._source = source
         self._scope = Scope(
-            source, opened_at, read_only=read_only, autocommit=read_only and isolation_level is None
+            source,
+            opened_at or caller(1),
+            is_async=source.options.is_async,
+            read_only=read_only,
+            autocommit=read_only and isolation_level is None,
+            independent=independent,
         )
-        self._bind = source.bind(read_only=read_only, isolation_level=isolation_level)
-        self._gate = source.gate(read_only=read_only)
-        self._session: SessionT | None = None
+        self._bind = source.engines.bind(
+            read_only=read_only, isolation_level=isolation_level, independent=independent
+        )
+        self._gate = source.gate(read_only=read_only, independent=independent)
+        self._given: SessionT | None = None
+        self._session: Session | None = None
         self._admitted_at = 0.0
         self._is_open = False
         self._committed = False
@@ -119,9 +98,20 @@ class Unit(Generic[SessionT]):
     @property
     def session(self) -> SessionT:
         """The unit's session. It exists from admission on."""
-        if self._session is None:
+        if self._given is None:
             raise InvalidRequestError("This unit has no session yet: call admit() first")
-        return self._session
+        return self._given
+
+    @property
+    def is_async(self) -> bool:
+        """Whether the unit is an AsyncDatabase's, and ends on its event loop."""
+        return self._scope.is_async
+
+    @property
+    def has_changes(self) -> bool:
+        """Whether the session has changes that it has not sent yet."""
+        session = self._plain
+        return bool(session.new or session.deleted or session.dirty)
 
     @property
     def needs_io(self) -> bool:
@@ -129,7 +119,7 @@ class Unit(Generic[SessionT]):
         scope = self._scope
         if scope.used and (not scope.autocommit or scope.streams):
             return True
-        return _hooks.has_hooks(self.session)
+        return self._session is not None and _hooks.has_hooks(self._session)
 
     def admit(self) -> None:
         """Wait for a slot, blocking this thread, and make the session.
@@ -138,15 +128,25 @@ class Unit(Generic[SessionT]):
         NestedUnit.
         """
         self._refuse_second_use()
-        self._gate.admit()
-        self._open()
+        started = monotonic()
+        try:
+            self._gate.admit()
+        except PoolBusy:
+            self._tell_refused(started)
+            raise
+        self._open(started)
 
     async def admit_async(self) -> None:
         """Async version of :meth:`admit`: waits on the event loop, without a thread."""
         self._refuse_second_use()
-        if not self._gate.admit_at_once():
-            await self._gate.admit_async()
-        self._open()
+        started = monotonic()
+        try:
+            if not self._gate.admit_at_once():
+                await self._gate.admit_async()
+        except PoolBusy:
+            self._tell_refused(started)
+            raise
+        self._open(started)
 
     def commit(self) -> None:
         """Commit what the unit has done; if that fails, roll back and raise.
@@ -174,8 +174,10 @@ class Unit(Generic[SessionT]):
         Never raises, so that it cannot hide an error of yours: a connection that
         cannot roll back any more is not given back to the pool as it is.
         """
+        if _overlap.is_in_use(self._plain):
+            return  # close() waits for the other thread or task, and rolls back
         try:
-            self.session.rollback()
+            self._plain.rollback()
         except Exception:
             # close() resets the session, and the pool rolls back what it gets back.
             self._log_failure("rollback()")
@@ -190,11 +192,11 @@ class Unit(Generic[SessionT]):
         """
         connection = self._scope.connection
         self._scope.ended = True
-        if connection is None or self._source.options.is_memory:
+        if connection is None or self.is_async or self._source.options.is_memory:
             self.rollback()
             return
         with suppress(Exception):
-            interrupt(connection)
+            interrupt(connection.engine.pool, connection.connection.driver_connection)
         with suppress(Exception):
             connection.invalidate()
 
@@ -206,7 +208,7 @@ class Unit(Generic[SessionT]):
         that is inside a call of the session's.
         """
         if self._give_back():
-            _hooks.run_due(self.session)
+            _hooks.run_due(self._plain)
 
     @staticmethod
     def end_all(units: "Collection[Unit[Any]]", how: "Callable[[Unit[Any]], None]") -> None:
@@ -218,8 +220,7 @@ class Unit(Generic[SessionT]):
         """
         try:
             if how is Unit.commit and len(units) > 1:
-                for unit in units:
-                    unit.session.flush()
+                Unit.flush_all(units)
             for unit in units:
                 how(unit)
         except BaseException:
@@ -229,14 +230,26 @@ class Unit(Generic[SessionT]):
         finally:
             closed = [unit for unit in units if unit._give_back()]
             for unit in closed:
-                _hooks.run_due(unit.session)
+                _hooks.run_due(unit._plain)
+
+    @staticmethod
+    def flush_all(units: "Collection[Unit[Any]]") -> None:
+        """Send the changes of all units that are still pending. Raises what flush() raises."""
+        for unit in units:
+            try:
+                unit._plain.flush()
+            except PendingRollbackError as error:
+                raise unit._doomed(error) from error
+
+    def leave(self) -> None:
+        """Let the flow of control that opened the unit go on while it is ended elsewhere."""
+        _guards.leave(self._scope)
 
     def __enter__(self) -> SessionT:
         self._refuse_second_use()
         try:
             self.admit()
-            assert self._session is not None
-            return self._session
+            return self.session
         except BaseException:  # an interrupt, at the worst moment
             self.close()
             raise
@@ -257,13 +270,26 @@ class Unit(Generic[SessionT]):
 
     def __del__(self) -> None:
         """Give back what a unit holds that was abandoned without its close()."""
-        if getattr(self, "_is_open", False):
-            self._give_back()
+        if not getattr(self, "_is_open", False):
+            return
+        self._is_open = False
+        try:
+            if self._session is not None:
+                _watch.report(self._session)
+        finally:
+            self._end()
+
+    @property
+    def _plain(self) -> Session:
+        """The session on which the rules are carried out."""
+        if self._session is None:
+            raise InvalidRequestError("This unit has no session yet: call admit() first")
+        return self._session
 
     def _refuse_second_use(self) -> None:
         if self._session is not None:
             raise InvalidRequestError("A unit is used once: make another one with begin()")
-        _guards.refuse_nested(self._source, self._source.name)
+        _guards.refuse_nested(self._scope, self._source.name, self._source.options)
 
     def _give_back(self) -> bool:
         """Close the session and free the slot; return whether there was something to close."""
@@ -275,13 +301,23 @@ class Unit(Generic[SessionT]):
             if session is not None and self._scope.used:
                 self._reset(session)
         finally:
-            _guards.leave(self._scope)
-            used = monotonic() - self._admitted_at
-            self._gate.release(committed=self._committed, used=used)
+            self._end()
         return session is not None
 
-    def _reset(self, session: SessionT) -> None:
+    def _end(self) -> None:
+        _guards.leave(self._scope)
+        _guards.end(self._scope, self._session)
+        used = monotonic() - self._admitted_at
+        self._gate.release(committed=self._committed, used=used)
+        if self._source.telling.observers:
+            outcome: Outcome = "committed" if self._committed else "rolled back"
+            self._source.telling.tell(UnitEnded(self._opened_at, outcome, used))
+
+    def _reset(self, session: Session) -> None:
         """Close the session, if need be after another thread has left it."""
+        if _overlap.is_in_use(session):
+            self._reset_once_left(session)
+            return
         try:
             # Not close(): that would make SQLAlchemy's own error hide SessionEnded.
             session.reset()
@@ -290,36 +326,37 @@ class Unit(Generic[SessionT]):
         except Exception:
             self._throw_away(session)
 
-    def _reset_once_left(self, session: SessionT) -> None:
-        # A thread of a cancelled flow is inside; its next statement is refused.
+    def _reset_once_left(self, session: Session) -> None:
+        # A thread of a cancelled flow is inside, or a task that no one awaited.
         deadline = monotonic() + _PATIENCE
         while monotonic() < deadline:
-            sleep(0.01)
+            self._source.sleep(0.01)
+            if _overlap.is_in_use(session):
+                continue
             with suppress(IllegalStateChangeError):
                 session.reset()
                 return
         self._throw_away(session)
 
-    def _throw_away(self, session: SessionT) -> None:
+    def _throw_away(self, session: Session) -> None:
         self._log_failure("close()")
         with suppress(Exception):
             session.invalidate()
 
-    def _open(self) -> None:
+    def _open(self, started: float) -> None:
         self._is_open = True
         self._admitted_at = monotonic()
         try:
-            overrides = self._source.read_only_overrides if self._scope.read_only else {}
-            session = self._source.sessionmaker(bind=self._bind, **overrides)
-            session.info[UNIT] = self._scope
-            self._session = session
+            self._given, self._session = self._source.open_session(self._bind, self._scope)
             _guards.enter(self._scope)
         except BaseException:
             self._give_back()
             raise
+        if self._source.telling.observers:
+            self._tell_begun(self._admitted_at - started)
 
     def _commit(self) -> None:
-        session = self.session
+        session = self._plain
         if self._scope.read_only and not _hooks.has_hooks(session):
             session.flush()  # refuses changes that would be lost without a word
             return
@@ -330,9 +367,24 @@ class Unit(Generic[SessionT]):
         session.expire_on_commit = False
         session.commit()
 
+    @property
+    def _opened_at(self) -> str:
+        return describe(self._scope.opened_at)
+
+    def _tell_begun(self, waited: float) -> None:
+        telling = self._source.telling
+        if waited > _AT_ONCE:
+            telling.tell(UnitWaited(self._opened_at, waited))
+        telling.tell(UnitBegan(self._opened_at, self._scope.read_only))
+
+    def _tell_refused(self, started: float) -> None:
+        if self._source.telling.observers:
+            self._source.telling.tell(UnitRefused(self._opened_at, monotonic() - started))
+
     def _log_failure(self, what: str) -> None:
-        opened_at = describe(self._scope.opened_at)
-        _log.warning("%s failed in the unit of work opened at %s", what, opened_at, exc_info=True)
+        _log.warning(
+            "%s failed in the unit of work opened at %s", what, self._opened_at, exc_info=True
+        )
 
     def _refuse_closed(self, session: Session) -> None:
         """Raise if the session was closed inside the unit, which rolled its work back."""
@@ -341,7 +393,7 @@ class Unit(Generic[SessionT]):
         except InvalidRequestError as error:
             raise SessionEnded(
                 "session.close() was called inside the unit of work opened at "
-                f"{describe(self._scope.opened_at)}, which rolls back what was not committed. "
+                f"{self._opened_at}, which rolls back what was not committed. "
                 "Remove that line: the unit closes its session"
             ) from error
 
@@ -349,35 +401,13 @@ class Unit(Generic[SessionT]):
         if "during flush" not in str(error):
             return TransactionDoomed(
                 "This transaction cannot commit (unit of work opened at "
-                f"{describe(self._scope.opened_at)}): its connection was lost earlier, and the "
+                f"{self._opened_at}): its connection was lost earlier, and the "
                 "error was swallowed. Let the error leave the unit of work, and run it again"
             )
         return TransactionDoomed(
             "This transaction cannot commit (unit of work opened at "
-            f"{describe(self._scope.opened_at)}): a flush failed earlier, which rolled it back, "
+            f"{self._opened_at}): a flush failed earlier, which rolled it back, "
             "and the error was swallowed. Nothing was written. Let the error leave the unit of "
             "work, or flush in a savepoint and catch the error outside of it: "
             "with session.begin_nested(): ..."
         )
-
-
-def _make_sessionmaker(
-    options: Options, session_class: type[SessionT], engine: Engine
-) -> sessionmaker[SessionT]:
-    session_options: dict[str, Any] = {"close_resets_only": False, **options.session_options}
-    try:
-        factory = sessionmaker(engine, class_=session_class, **session_options)
-        factory().close()  # an unknown option is an error here, not at the first request
-    except TypeError as error:
-        raise ConfigurationError(f"session_options has an unknown option: {error}") from error
-    _guards.watch(factory)
-    return factory
-
-
-def _make_gates(options: Options) -> tuple[Gate, ...]:
-    """Return the gate for writing units and the one for read-only units, or one for both."""
-    limit, settings = options.limit, (options.pool_timeout, options.max_waiting)
-    if options.is_sqlite and not options.is_memory and limit is not None and limit > 1:
-        # A database file has one writer at a time: the others wait here, in order.
-        return Gate(1, *settings), Gate(limit - 1, *settings)
-    return (Gate(limit, *settings),)

@@ -1,8 +1,20 @@
-"""Frozen records of what a Database did."""
+"""Frozen records of what a Database did, and what observers are called with."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
-__all__ = ["Stats"]
+__all__ = [
+    "Event",
+    "Observer",
+    "Outcome",
+    "SessionLeaked",
+    "Stats",
+    "UnitBegan",
+    "UnitEnded",
+    "UnitRefused",
+    "UnitWaited",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,3 +37,51 @@ class Stats:
     refused: int
     longest_wait: float
     longest_use: float
+
+
+Outcome = Literal["committed", "rolled back"]
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that happened to a unit of work, opened at ``opened_at`` (file:line)."""
+
+    opened_at: str
+
+
+@dataclass(frozen=True, slots=True)
+class UnitWaited(Event):
+    """A unit waited ``seconds`` for its slot, and got it."""
+
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class UnitRefused(Event):
+    """A unit got no slot within ``seconds``: PoolBusy was raised."""
+
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class UnitBegan(Event):
+    """A unit was admitted and its session made."""
+
+    read_only: bool
+
+
+@dataclass(frozen=True, slots=True)
+class UnitEnded(Event):
+    """A unit ended, ``seconds`` after it had begun, and its connection is back."""
+
+    outcome: Outcome
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class SessionLeaked(Event):
+    """A session was collected as garbage with its transaction open."""
+
+
+# Called with each event, in the thread or task where it happens.
+Observer = Callable[[Event], object]

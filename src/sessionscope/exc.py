@@ -7,11 +7,15 @@
     ├── TransactionDoomed       [sqlalchemy.exc.PendingRollbackError]
     ├── CommitUnknown
     ├── SessionEnded            [sqlalchemy.exc.InvalidRequestError]
+    ├── SessionShared           [sqlalchemy.exc.InvalidRequestError]
     ├── ReadOnlyUnit            [sqlalchemy.exc.InvalidRequestError]
     └── NestedUnit              [sqlalchemy.exc.InvalidRequestError]
 
-In brackets: the SQLAlchemy error that each one also is, so that an existing
-``except`` clause still catches it.
+    SessionLeakWarning          [ResourceWarning]
+    IdleInTransactionWarning    [RuntimeWarning]
+
+In brackets: the SQLAlchemy error, or the warning, that each one also is, so that an
+existing ``except`` clause or filter still catches it.
 """
 
 from typing import Any, ClassVar
@@ -22,11 +26,14 @@ __all__ = [
     "CommitUnknown",
     "ConfigurationError",
     "DatabaseUnavailable",
+    "IdleInTransactionWarning",
     "NestedUnit",
     "PoolBusy",
     "ReadOnlyUnit",
     "SessionEnded",
+    "SessionLeakWarning",
     "SessionScopeError",
+    "SessionShared",
     "TransactionDoomed",
 ]
 
@@ -96,6 +103,15 @@ class SessionEnded(SessionScopeError, sa_exc.InvalidRequestError):
     error_code = "session_ended"
 
 
+class SessionShared(SessionScopeError, sa_exc.InvalidRequestError):
+    """A session was used by a second thread or task while a first one was inside a call.
+
+    The second use was refused; the first goes on and may commit.
+    """
+
+    error_code = "session_shared"
+
+
 class ReadOnlyUnit(SessionScopeError, sa_exc.InvalidRequestError):
     """A write was asked of a read-only unit of work; nothing was sent."""
 
@@ -106,3 +122,11 @@ class NestedUnit(SessionScopeError, sa_exc.InvalidRequestError):
     """A unit of work was asked for while the same flow of control holds one."""
 
     error_code = "nested_unit"
+
+
+class SessionLeakWarning(ResourceWarning):
+    """A session with an open transaction was never closed, and was collected as garbage."""
+
+
+class IdleInTransactionWarning(RuntimeWarning):
+    """A transaction was kept open for seconds without a statement."""

@@ -1,0 +1,148 @@
+"""AsyncBackends: connections of event loops, opened and closed in tasks of their own.
+
+A task that opens, uses or closes a connection may be cancelled at any await. Its
+connection is then closed here, whatever becomes of the task: the statement that
+still runs is cancelled on the server, and the connection keeps its place in the
+bound until the server has closed its end.
+"""
+
+import asyncio
+import socket
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from typing import Any
+
+from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.util import await_only, greenlet_spawn
+from sqlalchemy.util.concurrency import in_greenlet
+
+from sessionscope._backends import Backends, keep_socket
+from sessionscope._signal import call_soon
+
+# Seconds after which a server that does not answer is no longer waited for.
+_PATIENCE = 10.0
+
+
+class AsyncBackends(Backends):
+    """Async version of :class:`Backends`, called from SQLAlchemy's greenlets."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._loops: dict[int, asyncio.AbstractEventLoop] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    def open(
+        self,
+        connect: Callable[[], DBAPIConnection],
+        discard: Callable[[DBAPIConnection], None],
+        timeout: float,
+    ) -> DBAPIConnection:
+        """Return a new connection; one whose task is cancelled is finished, then closed."""
+        self.take(timeout)
+        opening = self._start(greenlet_spawn(connect))
+        try:
+            connection: DBAPIConnection = await_only(asyncio.shield(opening))
+        except BaseException:
+            opening.add_done_callback(lambda done: self._discard(done, discard))
+            if not opening.done():
+                opening.get_loop().call_later(_PATIENCE, opening.cancel)
+            raise
+        self._loops[id(connection)] = opening.get_loop()
+        return connection
+
+    def close(
+        self,
+        connection: DBAPIConnection,
+        driver_connection: Any,
+        close: Callable[[], None],
+        cancel: Callable[[], None] | None,
+    ) -> None:
+        """Close a connection in a task of its own, on its own event loop.
+
+        Waits for that task if nothing need be cancelled, and the caller can wait.
+        """
+        loop = self._loops.pop(id(connection), None)
+        kept = keep_socket(driver_connection)
+
+        def bury() -> asyncio.Task[None]:
+            return self._start(self._bury(driver_connection, close, cancel, kept))
+
+        if loop is asyncio._get_running_loop() is not None:
+            burial = bury()
+            if cancel is None and in_greenlet():
+                await_only(asyncio.shield(burial))
+            return
+        if loop is None or not call_soon(loop, bury):
+            _drop(driver_connection, close, kept)
+            self.give_back()
+
+    async def settle(self) -> None:
+        """Wait until all connections that are being closed are gone."""
+        loop = asyncio.get_running_loop()
+        if closing := [task for task in self._tasks if task.get_loop() is loop]:
+            await asyncio.wait(closing)
+
+    def _start(self, work: Coroutine[Any, Any, Any]) -> "asyncio.Task[Any]":
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)  # the event loop alone would not keep it alive
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def _discard(
+        self,
+        opening: "asyncio.Task[DBAPIConnection]",
+        discard: Callable[[DBAPIConnection], None],
+    ) -> None:
+        if opening.cancelled() or opening.exception() is not None:
+            self.give_back()
+            return
+        connection = opening.result()
+        self._loops[id(connection)] = opening.get_loop()
+        discard(connection)
+
+    async def _bury(
+        self,
+        driver_connection: Any,
+        close: Callable[[], None],
+        cancel: Callable[[], None] | None,
+        kept: socket.socket | None,
+    ) -> None:
+        try:
+            async with asyncio.timeout(_PATIENCE):
+                if cancel is not None:
+                    with suppress(Exception):
+                        await greenlet_spawn(cancel)
+                await greenlet_spawn(close)
+            if kept is not None:
+                async with asyncio.timeout(_PATIENCE):
+                    await _closed_by_server(kept)
+        except (Exception, asyncio.CancelledError):
+            _drop(driver_connection, close, kept)
+        finally:
+            if kept is not None:
+                kept.close()
+            self.give_back()
+
+
+async def _closed_by_server(kept: socket.socket) -> None:
+    loop = asyncio.get_running_loop()
+    with suppress(OSError):
+        kept.setblocking(False)
+        # The driver may have sent no farewell, and our second handle keeps the line open.
+        kept.shutdown(socket.SHUT_WR)
+        while await loop.sock_recv(kept, 65536):
+            pass
+
+
+def _drop(driver_connection: Any, close: Callable[[], None], kept: socket.socket | None) -> None:
+    """End a connection without waiting for anything, from any thread."""
+    libpq = getattr(driver_connection, "pgconn", None)
+    with suppress(Exception):
+        if libpq is not None:
+            libpq.finish()
+        else:
+            close()  # outside of a greenlet, drivers know not to wait
+    if kept is not None:
+        with suppress(OSError):
+            kept.shutdown(socket.SHUT_RDWR)
+        kept.close()

@@ -1,0 +1,87 @@
+"""AsyncSource: what all units of work of one AsyncDatabase share."""
+
+import asyncio
+import warnings
+from typing import Any
+
+from sqlalchemy import Engine
+from sqlalchemy.ext.asyncio import (
+    AsyncEngine,
+    AsyncSession,
+    async_sessionmaker,
+    create_async_engine,
+)
+from sqlalchemy.orm import Session
+from sqlalchemy.util import await_only
+from typing_extensions import TypeVar
+
+from sessionscope import _guards
+from sessionscope._guards import Scope
+from sessionscope._source import Source
+
+AsyncSessionT = TypeVar("AsyncSessionT", bound=AsyncSession, default=AsyncSession)
+
+# What a unit of work calls on the synchronous session inside of an asynchronous one.
+_ENDINGS = ("close", "commit", "flush", "rollback")
+
+
+class AsyncSource(Source[AsyncSessionT]):
+    """Async version of :class:`Source`."""
+
+    def make_sessionmakers(self) -> None:
+        """Make the factory of the sessions that users get."""
+        session_class = self.options.session_class
+        _warn_of_what_is_bypassed(session_class)
+        self._async_engines: dict[int, AsyncEngine] = {}
+        write = self.async_engine(self.engines.write)
+        self.async_sessionmaker = async_sessionmaker(
+            write, class_=session_class, **self.session_options
+        )
+        inner = self.make_sessionmaker(session_class.sync_session_class)
+        # Of the factory's own class, so that the guards are on the sessions of this one alone.
+        self.async_sessionmaker.class_.sync_session_class = inner.class_
+
+    @property
+    def session_options(self) -> dict[str, Any]:
+        """The options of all sessions.
+
+        Attributes of expired objects would be loaded where no one can await it
+        (https://docs.sqlalchemy.org/en/21/orm/extensions/asyncio.html).
+        """
+        return {"expire_on_commit": False, **super().session_options}
+
+    def open_session(self, bind: Engine, scope: Scope) -> tuple[AsyncSessionT, Session]:
+        """Return a session as the user gets it, and the synchronous one inside of it."""
+        overrides = self.read_only_overrides if scope.read_only else {}
+        session = self.async_sessionmaker(
+            bind=self.async_engine(bind), info=_guards.info(scope), **overrides
+        )
+        return session, session.sync_session
+
+    def async_engine(self, engine: Engine) -> AsyncEngine:
+        """Return the asynchronous face of *engine*."""
+        found = self._async_engines.get(id(engine))
+        if found is None:
+            found = self._async_engines[id(engine)] = AsyncEngine(engine)
+        return found
+
+    def sleep(self, seconds: float) -> None:
+        """Wait while another task leaves a session."""
+        await_only(asyncio.sleep(seconds))
+
+
+def create_engine(*args: Any, **kwargs: Any) -> Engine:
+    """Return the engine inside of ``create_async_engine()``'s."""
+    return create_async_engine(*args, **kwargs).sync_engine
+
+
+def _warn_of_what_is_bypassed(session_class: type[AsyncSession]) -> None:
+    for name in _ENDINGS:
+        if getattr(session_class, name) is not getattr(AsyncSession, name):
+            warnings.warn(
+                f"{session_class.__name__}.{name}() is not called at the end of a unit of work, "
+                "which ends the synchronous session inside: override it in the class that "
+                "sync_session_class names, or listen to SQLAlchemy's session events",
+                RuntimeWarning,
+                stacklevel=5,
+            )

@@ -1,0 +1,160 @@
+"""Backends: the server's connections, counted until the server itself has closed them.
+
+A pool's own count is too early: it forgets a connection when it closes its end, while
+the server may still run what a cancelled unit of work has asked of it.
+"""
+
+import os
+import socket
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from time import monotonic
+from typing import Any, Protocol
+
+from sqlalchemy.engine.interfaces import DBAPIConnection
+
+from sessionscope._signal import Signal
+from sessionscope.exc import PoolBusy
+
+# Seconds for which a closed connection may keep its place while the server is silent.
+_CLOSING_SECONDS = 0.1
+
+
+class _Pool(Protocol):
+    def close_one_idle(self) -> bool: ...
+
+
+class Backends:
+    """At most *limit* server connections over the pools of several engines; ``None``: any number.
+
+    *demand* tells how many units of work run or wait, *pools* yields the pools.
+    """
+
+    def __init__(
+        self,
+        limit: int | None,
+        demand: Callable[[], int],
+        pools: Callable[[], Sequence[_Pool]],
+        signal: Signal,
+    ) -> None:
+        self.limit = limit
+        self.signal = signal
+        self.count = 0
+        self._demand = demand
+        self._pools = pools
+        self._lock = threading.Lock()
+
+    def is_in_demand(self) -> bool:
+        """Return whether as many units run or wait as there are connections."""
+        return self._demand() >= self.count
+
+    def open(
+        self,
+        connect: Callable[[], DBAPIConnection],
+        discard: Callable[[DBAPIConnection], None],
+        timeout: float,
+    ) -> DBAPIConnection:
+        """Return a new connection, at the bound in the place of an idle one.
+
+        Waits at most *timeout* seconds for a place; raises PoolBusy. *discard* closes a
+        connection that no one waits for any more.
+        """
+        self.take(timeout)
+        try:
+            return connect()
+        except BaseException:
+            self.give_back()
+            raise
+
+    def close(
+        self,
+        connection: DBAPIConnection,
+        driver_connection: Any,
+        close: Callable[[], None],
+        cancel: Callable[[], None] | None,
+    ) -> None:
+        """Close a connection and wait a moment for the server to have closed it, too.
+
+        *cancel* ends what it may still be running; only tasks leave such connections behind.
+        """
+        kept = keep_socket(driver_connection) if self.limit is not None else None
+        try:
+            close()
+            if kept is not None:
+                wait_until_closed(kept, _CLOSING_SECONDS)
+        finally:
+            self.give_back()
+            if kept is not None:
+                kept.close()
+
+    def take(self, timeout: float) -> None:
+        """Take the place of a connection that is about to be opened."""
+        deadline = monotonic() + timeout
+        while True:
+            seen = self.signal.changes
+            if self._take_at_once():
+                return
+            if any(pool.close_one_idle() for pool in self._pools()):
+                continue
+            if not self.signal.wait(seen, deadline - monotonic()):
+                raise self.busy(timeout)
+
+    def busy(self, timeout: float) -> PoolBusy:
+        """Return the error for whom no connection came free within *timeout* seconds."""
+        return PoolBusy(
+            f"All {self.limit} connections are in use, by units of work or by users of .engine and "
+            f".sessionmaker; none came free in {timeout:g} s (pool_timeout)"
+        )
+
+    def give_back(self) -> None:
+        """Free the place of a connection that is gone."""
+        with self._lock:
+            self.count -= 1
+        self.signal.notify()
+
+    def _take_at_once(self) -> bool:
+        with self._lock:
+            if self.limit is not None and self.count >= self.limit:
+                return False
+            self.count += 1
+            return True
+
+
+def keep_socket(driver_connection: Any) -> socket.socket | None:
+    """Return a second handle on the connection's socket, which the driver's close() leaves open."""
+    number = descriptor(driver_connection)
+    if number is None or number < 0:
+        return None
+    with suppress(OSError):
+        return socket.socket(fileno=os.dup(number))
+    return None
+
+
+def wait_until_closed(kept: socket.socket, timeout: float) -> None:
+    """Wait until the server has closed its end of a connection that we have closed."""
+    with suppress(OSError):
+        kept.settimeout(timeout)
+        # The driver may have sent no farewell, and our second handle keeps the line open.
+        kept.shutdown(socket.SHUT_WR)
+        while kept.recv(65536):
+            pass
+
+
+def descriptor(driver_connection: Any) -> int | None:
+    """Return the descriptor of the connection's socket, if the driver shows it."""
+    fileno = getattr(driver_connection, "fileno", None)
+    if fileno is None:
+        fileno = getattr(_socket_of(driver_connection), "fileno", None)
+    with suppress(Exception):  # a closed connection has none
+        return fileno() if fileno is not None else None
+    return None
+
+
+def _socket_of(driver_connection: Any) -> Any:
+    """Return the socket that pymysql, asyncpg, aiomysql and asyncmy keep to themselves."""
+    if hasattr(driver_connection, "_sock"):
+        return driver_connection._sock
+    writer = getattr(driver_connection, "_writer", None)
+    transport = getattr(driver_connection, "_transport", None) or getattr(writer, "transport", None)
+    return transport.get_extra_info("socket") if transport is not None else None

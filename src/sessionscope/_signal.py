@@ -1,0 +1,76 @@
+"""Signal: waiting for something to change, in a thread or in a task."""
+
+import asyncio
+import threading
+from collections.abc import Callable
+
+from sqlalchemy.util import await_only
+
+
+class Signal:
+    """Wakes the threads that wait when something has changed."""
+
+    def __init__(self) -> None:
+        self.changes = 0
+        # Re-entrant: the garbage collector may return a connection while this thread is in here.
+        self._changed = threading.Condition(threading.RLock())
+
+    def notify(self) -> None:
+        """Wake all who wait."""
+        with self._changed:
+            self.changes += 1
+            self._changed.notify_all()
+
+    def wait(self, seen: int, timeout: float) -> bool:
+        """Wait for a change after the *seen* one; return False at the timeout."""
+        with self._changed:
+            return timeout > 0 and self._changed.wait_for(lambda: self.changes != seen, timeout)
+
+
+class AsyncSignal(Signal):
+    """Wakes the tasks that wait, on whichever event loop; called from SQLAlchemy's greenlets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._waiting: set[asyncio.Future[None]] = set()
+
+    def notify(self) -> None:
+        """Wake all who wait, from any thread."""
+        with self._changed:
+            self.changes += 1
+            waiting, self._waiting = self._waiting, set()
+        for future in waiting:
+            call_soon(future.get_loop(), _resolve, future)
+
+    def wait(self, seen: int, timeout: float) -> bool:
+        """Wait for a change after the *seen* one; return False at the timeout."""
+        return timeout > 0 and await_only(self._wait(seen, timeout))
+
+    async def _wait(self, seen: int, timeout: float) -> bool:
+        loop = asyncio.get_running_loop()
+        future = loop.create_future()
+        with self._changed:
+            if self.changes != seen:
+                return True
+            self._waiting.add(future)
+        timer = loop.call_later(timeout, _resolve, future)
+        try:
+            await future
+        finally:
+            timer.cancel()
+            self._waiting.discard(future)
+        return self.changes != seen
+
+
+def call_soon(loop: asyncio.AbstractEventLoop, fn: Callable[..., object], *args: object) -> bool:
+    """Call *fn* on *loop*, from any thread; return False if the loop has been closed."""
+    try:
+        loop.call_soon_threadsafe(fn, *args)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _resolve(future: "asyncio.Future[None]") -> None:
+    if not future.done():
+        future.set_result(None)

@@ -1,0 +1,135 @@
+"""Source: what all units of work of one Database share."""
+
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager
+from time import monotonic, sleep
+from typing import Any, Generic
+
+from sqlalchemy import Engine, create_engine
+from sqlalchemy.orm import Session, sessionmaker
+from typing_extensions import TypeVar
+
+from sessionscope import _guards
+from sessionscope._commit import verify_commits
+from sessionscope._engines import CreateEngine, Engines
+from sessionscope._gate import Gate
+from sessionscope._guards import Scope
+from sessionscope._options import Options
+from sessionscope._telling import Telling
+from sessionscope.events import Observer, SessionLeaked, Stats
+from sessionscope.exc import ConfigurationError
+
+SessionT = TypeVar("SessionT", default=Session)
+
+
+class Source(Generic[SessionT]):
+    """What all units of work of one Database share."""
+
+    def __init__(
+        self,
+        options: Options,
+        name: str,
+        observers: Iterable[Observer],
+        create: CreateEngine = create_engine,
+    ) -> None:
+        self.name = name
+        self.options = options
+        self.telling = Telling(observers)
+        self.gates = _make_gates(options)
+        self._reserve = Gate(1, options.pool_timeout, options.max_waiting)
+        self.engines = Engines(options, create, self._demand)
+        for engine in {id(e.dialect): e for e in (self.engines.read, self.engines.write)}.values():
+            verify_commits(engine, name)
+        # A read-only unit has no transaction to prepare.
+        two_phase = options.session_options.get("twophase", False)
+        self.read_only_overrides = {"twophase": False} if two_phase else {}
+        self.make_sessionmakers()
+
+    def make_sessionmakers(self) -> None:
+        """Make the factory of the sessions that users get."""
+        self.sessionmaker = self.make_sessionmaker(self.options.session_class)
+
+    def make_sessionmaker(self, session_class: type[Any]) -> sessionmaker[Any]:
+        """Return a guarded factory of synchronous sessions."""
+        try:
+            factory = sessionmaker(self.engines.write, class_=session_class, **self.session_options)
+            factory().close()  # an unknown option is an error here, not at the first request
+        except TypeError as error:
+            raise ConfigurationError(f"session_options has an unknown option: {error}") from error
+        _guards.guard(factory, self._leaked)
+        return factory
+
+    @property
+    def session_options(self) -> dict[str, Any]:
+        """The options of all sessions."""
+        return {"close_resets_only": False, **self.options.session_options}
+
+    def open_session(self, bind: Engine, scope: Scope) -> tuple[SessionT, Session]:
+        """Return a session as the user gets it, and the synchronous one inside of it."""
+        overrides = self.read_only_overrides if scope.read_only else {}
+        session = self.sessionmaker(bind=bind, info=_guards.info(scope), **overrides)
+        return session, session
+
+    def sleep(self, seconds: float) -> None:
+        """Wait while another thread leaves a session."""
+        sleep(seconds)
+
+    def limit_waiting_threads(self, threads: Callable[[], int | None]) -> None:
+        """Keep a framework's bounded thread pool from filling with units that wait."""
+        for gate in self.gates:
+            gate.limit_waiting_threads(threads)
+
+    @contextmanager
+    def draining(self) -> Generator[None]:
+        """Refuse new units meanwhile."""
+        gates = (*self.gates, self._reserve)
+        for gate in gates:
+            gate.start_draining()
+        try:
+            yield
+        finally:
+            for gate in gates:
+                gate.stop_draining()
+
+    def wait_until_empty(self, deadline: float) -> bool:
+        """Return whether the last unit ended before *deadline*, on the monotonic clock."""
+        gates = (*self.gates, self._reserve)
+        return all(gate.wait_until_empty(deadline - monotonic()) for gate in gates)
+
+    def stats(self) -> Stats:
+        """Return what the Database is doing now and has done so far."""
+        gates = (*self.gates, self._reserve)
+        limits = [gate.limit for gate in self.gates if gate.limit is not None]
+        return Stats(
+            limit=sum(limits) if limits else None,
+            in_use=sum(gate.in_use for gate in gates),
+            idle=self.engines.idle,
+            waiting=sum(gate.waiting for gate in gates),
+            begun=sum(gate.begun for gate in gates),
+            committed=sum(gate.committed for gate in gates),
+            rolled_back=sum(gate.rolled_back for gate in gates),
+            refused=sum(gate.refused for gate in gates),
+            longest_wait=max(gate.longest_wait for gate in gates),
+            longest_use=max(gate.longest_use for gate in gates),
+        )
+
+    def _demand(self) -> int:
+        return sum(gate.in_use + gate.waiting for gate in self.gates)
+
+    def _leaked(self, opened_at: str) -> None:
+        self.telling.tell(SessionLeaked(opened_at))
+
+    def gate(self, *, read_only: bool, independent: bool) -> Gate:
+        """Return the gate that admits such units."""
+        if independent and not self.options.is_sqlite:
+            return self._reserve
+        return self.gates[-1 if read_only else 0]
+
+
+def _make_gates(options: Options) -> tuple[Gate, ...]:
+    """Return the gate for writing units and the one for read-only units, or one for both."""
+    limit, settings = options.limit, (options.pool_timeout, options.max_waiting)
+    if options.is_sqlite and not options.is_memory and limit is not None and limit > 1:
+        # A database file has one writer at a time: the others wait here, in order.
+        return Gate(1, *settings), Gate(limit - 1, *settings)
+    return (Gate(limit, *settings),)

@@ -1,0 +1,149 @@
+"""Watching: sessions that are never closed, and transactions that are open for too long.
+
+A session that leaks is found when it is collected as garbage, by whichever thread. Its
+connection is kept alive here until then, and given back where that is safe: an
+asynchronous driver's on its event loop, never in the middle of the collector.
+"""
+
+import asyncio
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from sqlalchemy import Connection, Executable
+from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.util import greenlet_spawn
+
+from sessionscope._places import Place, describe, here
+from sessionscope._signal import call_soon
+from sessionscope.exc import IdleInTransactionWarning, SessionLeakWarning
+
+# Seconds for which a transaction may be open without a statement.
+IDLE_SECONDS = 10.0
+
+# The key in Session.info of the place where the session was opened.
+OPENED_AT = "sessionscope.opened_at"
+_WATCH = "sessionscope.watch"
+
+# Called with the place where a session was opened that has leaked.
+OnLeak = Callable[[str], None]
+
+
+class _Watch(weakref.ref[Session]):
+    """A session in use, and the connection that it would take with it."""
+
+    __slots__ = ("connection", "is_autocommit", "loop", "on_leak", "opened_at")
+
+    connection: Connection
+    is_autocommit: bool
+    loop: asyncio.AbstractEventLoop | None
+    on_leak: OnLeak
+    opened_at: Place | None
+
+
+_watches: set[_Watch] = set()
+_closing: set[asyncio.Task[None]] = set()  # an event loop alone would not keep them alive
+
+
+def note_opening(factory: sessionmaker[Any]) -> None:
+    """Make the sessions of *factory* know where they were opened."""
+    session_class: Any = factory.class_  # the factory's own, whoever wrote the one it is made of
+    make = session_class.__init__
+
+    def init(self: Session, *args: Any, **kwargs: Any) -> None:
+        make(self, *args, **kwargs)
+        if OPENED_AT not in self.info:
+            self.info[OPENED_AT] = here()
+
+    session_class.__init__ = init
+
+
+def watch(
+    session: Session, connection: Connection, on_leak: OnLeak, *, is_autocommit: bool
+) -> None:
+    """Watch *session*, which has begun to use *connection*."""
+    watching: _Watch | None = session.info.get(_WATCH)
+    if watching is None:
+        watching = session.info[_WATCH] = _Watch(session, _collected)
+        watching.opened_at = opened_at(session)
+        watching.loop = asyncio._get_running_loop()
+        watching.on_leak = on_leak
+        watching.is_autocommit = is_autocommit
+        _watches.add(watching)
+    watching.connection = connection
+
+
+def opened_at(session: Session) -> Place | None:
+    """Return where *session* was opened, if that is known."""
+    place: Place | None = session.info.get(OPENED_AT)
+    return place
+
+
+def leave(session: Session) -> None:
+    """Stop watching *session*, which has been closed."""
+    watching: _Watch | None = session.info.pop(_WATCH, None)
+    if watching is not None:
+        _watches.discard(watching)
+
+
+def report(session: Session) -> None:
+    """Treat *session*, whose unit of work was abandoned, as a leak, if it has a connection."""
+    watching: _Watch | None = session.info.get(_WATCH)
+    if watching is not None and watching in _watches:
+        _collected(watching)
+
+
+def warn_of_idleness(session: Session, seconds: float, method: str, argument: object) -> None:
+    """Warn that *session* kept its transaction open for *seconds* after its last call."""
+    watching: _Watch | None = session.info.get(_WATCH)
+    if watching is None or watching.is_autocommit or not session.in_transaction():
+        return
+    warnings.warn(
+        f"The session opened at {describe(watching.opened_at)} was idle in its transaction for "
+        f"{seconds:.1f} s after {_last_call(method, argument)}: it kept its connection and its "
+        "locks meanwhile. End the unit of work before what takes long (a call over the network, "
+        "a file, a sleep), and begin another one after it",
+        IdleInTransactionWarning,
+        stacklevel=4,
+    )
+
+
+def _last_call(method: str, argument: object) -> str:
+    if isinstance(argument, Executable):
+        return repr(" ".join(str(argument).split())[:80])
+    name = getattr(argument, "__name__", "") if isinstance(argument, type) else ""
+    return f"{method}({name})"
+
+
+def _collected(watching: weakref.ref[Session]) -> None:
+    """Warn of a session that was collected, and give its connection back."""
+    assert isinstance(watching, _Watch)
+    _watches.discard(watching)
+    connection = watching.connection
+    if connection.closed:
+        return
+    opened_at = describe(watching.opened_at)
+    try:
+        warnings.warn(
+            f"The session opened at {opened_at} was never closed; its connection was rolled back "
+            "and given back when the garbage collector found it. Write: with database.begin() as "
+            "session: ...",
+            SessionLeakWarning,
+            stacklevel=2,
+        )
+    finally:
+        watching.on_leak(opened_at)
+        if connection.dialect.is_async:
+            _close_on_loop(connection, watching.loop)
+        else:
+            connection.close()
+
+
+def _close_on_loop(connection: Connection, loop: asyncio.AbstractEventLoop | None) -> None:
+    def close() -> None:
+        _closing.add(task := asyncio.ensure_future(greenlet_spawn(connection.close)))
+        task.add_done_callback(_closing.discard)
+
+    if loop is None or not call_soon(loop, close):
+        connection.invalidate()
