@@ -10,13 +10,13 @@ lint_python := .venv/lint/bin/python
 bench_python := .venv/bench/bin/python
 
 # What `make requirements` pins for each purpose: a dependency group and the extras it needs.
-demo_extras := postgresql fastapi
-test_extras := $(demo_extras) asyncio mysql testing
+demo_extras := postgresql fastapi asyncio
+test_extras := $(demo_extras) mysql testing
 lint_extras := $(test_extras)
 bench_extras := $(test_extras)
-bench-fastapi-sqla_extras := $(demo_extras) asyncio
+bench-fastapi-sqla_extras := $(demo_extras)
 
-.PHONY: help demo test test-all lint bench scorecard requirements clean
+.PHONY: help demo test test-all fuzz lint bench scorecard requirements clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -32,11 +32,16 @@ test: .venv/test/ready ## run all tests (ARGS="-k name" goes to pytest)
 test-all: .venv/nox/ready ## run all tests in every corner (ARGS="-l" lists them)
 	@$(nox_python) -m nox $(ARGS)
 
+fuzz: .venv/test/ready ## feed the checker 10,000 programs
+	@FUZZ_PROGRAMS=10000 $(test_python) -m pytest --timeout=0 -o faulthandler_timeout=0 \
+		tests/check/test_any_program.py
+
 lint: .venv/lint/ready ## check style, format and types
 	@$(lint_python) -m ruff check .
 	@$(lint_python) -m ruff format --check .
 	@$(lint_python) -m mypy
 	@$(lint_python) -m pyright --pythonpath $(lint_python)
+	@PYTHONPATH=src $(lint_python) -m sessionscope check src examples
 
 bench: .venv/bench/ready ## run the benchmarks (ARGS go to them)
 	@PYTHONPATH=src $(bench_python) -m benchmarks $(ARGS)
@@ -53,5 +58,5 @@ requirements: ## pin the newest versions of all dependencies (needs uv)
 		--group $(name) $(addprefix --extra ,$($(name)_extras)) -o requirements/$(name).txt &&) true
 
 clean: ## remove the environments and all caches
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .sessionscope_cache .hypothesis build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -8,6 +8,7 @@ import atexit
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -77,13 +78,14 @@ def bare(session: nox.Session, sqlalchemy: str) -> None:
 
 @nox.session(python=PYTHONS[-1])
 def wheel(session: nox.Session) -> None:
-    """Run all tests on the installed wheel, where no src can be found."""
+    """Run all tests on the installed wheel, where src cannot be imported."""
     sdist, wheel = build()
     session.install("--require-hashes", "-r", str(PINS))
     session.install("--no-deps", str(wheel))
     check_requirements(session)
     with unpacked(session, sdist) as folder, session.chdir(folder):
-        shutil.rmtree("src")
+        # Not a package any more, src loses to the installed one wherever a test looks for it.
+        Path("src/sessionscope/__init__.py").unlink()
         run_tests(session, "--override-ini=pythonpath=examples .")
 
 
@@ -93,10 +95,10 @@ def sdist(session: nox.Session) -> None:
     python = session.run("python", "-c", "import sys; print(sys._base_executable)", silent=True)
     with unpacked(session, build()[0]) as folder, fresh_folder() as home, session.chdir(folder):
         env = {**CLEAN, "HOME": str(home), "PYTHON": str(python).strip()}
-        options = " ".join([f"--junitxml={results_of(session)}", *session.posargs])
-        session.run("make", "test", f"ARGS={options}", env=env, external=True)
+        session.run("make", ".venv/test/ready", ".venv/demo/ready", env=env, external=True)
         note_versions(session, ".venv/test/bin/python")
-        session.run("make", ".venv/demo/ready", env=env, external=True)
+        options = shlex.join([f"--junitxml={results_of(session)}", *session.posargs])
+        session.run("make", "test", f"ARGS={options}", env=env, external=True)
         visit_the_demo({**os.environ, **env})
 
 
@@ -143,10 +145,7 @@ def run_tests(session: nox.Session, *options: str) -> None:
 
 def note_versions(session: nox.Session, python: str = "python") -> None:
     """Keep for the table which versions *python* has."""
-    ask = (
-        "import platform as p, sqlalchemy as s;"
-        "print(p.python_version(), s.__version__, sep=' | ')"
-    )
+    ask = "import platform, sqlalchemy as s; print(platform.python_version(), '|', s.__version__)"
     said = session.run(python, "-c", ask, silent=True, external=True, env=CLEAN)
     versions[session.name] = str(said).strip()
 
@@ -160,8 +159,8 @@ def results_of(session: nox.Session) -> Path:
 def build() -> tuple[Path, Path]:
     """Build the sdist, and the wheel from it; return their paths."""
     target = RESULTS / "dist"
-    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", target, ROOT]
-    subprocess.run(command, check=True)
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(target)]
+    subprocess.run([*command, str(ROOT)], check=True)
     (sdist,), (wheel,) = target.glob("*.tar.gz"), target.glob("*.whl")
     return sdist, wheel
 
@@ -247,8 +246,9 @@ def numbers(junit: Path) -> tuple[str, str]:
     if not junit.exists():
         return "", ""
     suite = ElementTree.parse(junit).getroot()[0]
-    failed, skipped = int(suite.attrib["failures"]) + int(suite.attrib["errors"]), int(suite.attrib["skipped"])
-    return str(int(suite.attrib["tests"]) - failed - skipped), str(skipped)
+    names = ("tests", "skipped", "failures", "errors")
+    ran, skipped, failures, errors = (int(suite.attrib[name]) for name in names)
+    return str(ran - skipped - failures - errors), str(skipped)
 
 
 switch_on_pyenv()

@@ -6,62 +6,21 @@ of them on a socket that its parent has opened.
 
 import argparse
 import gc
-import json
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
-from typing import Annotated, Any, Literal, Self
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 import uvicorn
 from fastapi import Depends, FastAPI, params
-from pydantic import BaseModel, ConfigDict
-from sqlalchemy import URL, make_url
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session
 
 from benchmarks._claim_routes import add_claim_routes
 from benchmarks._model import FIRST, Item, slow_first
 from benchmarks._peers import Unit, pinging_begin, seed, sessionmaker_begin
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a server is started with."""
-
-    url: str
-    pool_size: int = 5
-    max_overflow: int = 10
-    pool_timeout: float = 5.0
-    query_seconds: float = 0.02
-
-    @property
-    def limit(self) -> int:
-        """Return how many connections there may be."""
-        return self.pool_size + self.max_overflow
-
-    @property
-    def pool(self) -> dict[str, Any]:
-        """Return the pool's size as engine options."""
-        return {"pool_size": self.pool_size, "max_overflow": self.max_overflow}
-
-    @classmethod
-    def loads(cls, text: str) -> Self:
-        """Read what `dumps` wrote."""
-        return cls(**json.loads(text))
-
-    def dumps(self) -> str:
-        """Write the settings for a command line."""
-        return json.dumps(asdict(self))
-
-
-class ItemOut(BaseModel):
-    """An item as the client sees it."""
-
-    model_config = ConfigDict(from_attributes=True)
-
-    id: int
-    name: str
+from benchmarks._settings import ItemOut, Settings, for_asyncpg
 
 
 @dataclass(frozen=True)
@@ -148,7 +107,7 @@ def all_async_ping(app: FastAPI, settings: Settings) -> None:
 
 
 def _serve_async(app: FastAPI, settings: Settings, *, ping: bool) -> None:
-    url, connect_args = _for_asyncpg(make_url(settings.url))
+    url, connect_args = for_asyncpg(settings.url)
     engine = create_async_engine(
         url, pool_pre_ping=ping, connect_args=connect_args, **settings.pool
     )
@@ -159,12 +118,6 @@ def _serve_async(app: FastAPI, settings: Settings, *, ping: bool) -> None:
             yield db
 
     add_async_routes(app, Depends(get_db), settings.query_seconds)
-
-
-def _for_asyncpg(url: URL) -> tuple[URL, dict[str, Any]]:
-    application = {"application_name": url.query.get("application_name", "")}
-    bare = url.set(drivername="postgresql+asyncpg", query={})
-    return bare, {"server_settings": application, "ssl": False}
 
 
 def _get_db(unit: Unit) -> Callable[[], Iterator[Session]]:
@@ -277,7 +230,9 @@ def _main() -> None:
     # A full collection of all that was imported stops a server for 0.1 s, now and then.
     gc.collect()
     gc.freeze()
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error", access_log=False))
+    server = uvicorn.Server(
+        uvicorn.Config(app, loop="asyncio", log_level="error", access_log=False)
+    )
     server.run(sockets=[socket.socket(fileno=arguments.descriptor)])
 
 

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import psycopg
 from sqlalchemy import URL
 
-from benchmarks._apps import Settings
 from benchmarks._claim_routes import TABLES
 from benchmarks._load import burst, in_turn, while_streaming
 from benchmarks._postgres import conninfo, idle_in_transaction, text
 from benchmarks._report import Figure
 from benchmarks._servers import Server
+from benchmarks._settings import Settings
 
 OURS = "sessionscope"
 PATIENCE = 2.0

@@ -187,6 +187,19 @@ def in_turn(port: int, paths: Sequence[str], timeout: float) -> list[int]:
     return asyncio.run(ask_all())
 
 
+def in_series(port: int, paths: Sequence[str], *, settle: float = 0.0) -> list[Answer]:
+    """Ask for *paths* one after the other, on one connection, and wait *settle* seconds."""
+
+    async def ask_all() -> list[Answer]:
+        client = Client(port, 5.0)
+        answers = [await client.ask(request(path)) for path in paths]
+        await asyncio.sleep(settle)
+        client.close()
+        return answers
+
+    return asyncio.run(ask_all())
+
+
 def while_streaming(port: int, path: str, clients: int, then: Callable[[], T]) -> T:
     """Call *then*, in a thread, while *clients* wait for the rest of an answer that has begun.
 

@@ -3,7 +3,9 @@
 import json
 import os
 import platform
+import re
 import statistics
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -99,12 +101,24 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Plot:
+    """Lines to draw: for each name, points of x and the spread of y there."""
+
+    name: str
+    title: str
+    x: str
+    y: str
+    lines: dict[str, list[tuple[float, Spread]]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Report:
     """What one benchmark found."""
 
     name: str
     figures: list[Figure] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
+    plots: list[Plot] = field(default_factory=list)
 
 
 def number(value: float) -> str:
@@ -143,12 +157,22 @@ def _aligned(line: list[str], widths: list[int]) -> list[str]:
 def machine() -> dict[str, str]:
     """Describe where and when the figures were taken."""
     return {
+        "command": " ".join(["python -m benchmarks", *sys.argv[1:]]),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
         "cores": str(os.cpu_count()),
         "load": " ".join(f"{load:.1f}" for load in os.getloadavg()),
         "python": platform.python_version(),
         **{name: _version(name) for name in PACKAGES},
     }
+
+
+def _processor() -> str:
+    described = Path("/proc/cpuinfo")
+    text = described.read_text() if described.exists() else ""
+    found = re.search(r"^model name\s*: (.+)$", text, re.MULTILINE)
+    return found[1] if found else platform.processor() or "unknown"
 
 
 def _version(package: str) -> str:
@@ -161,6 +185,7 @@ def _version(package: str) -> str:
 def dump(path: Path, environment: dict[str, str], reports: list[Report]) -> None:
     """Write everything that was printed to *path* as JSON."""
     content = {"machine": environment, "reports": [asdict(report) for report in reports]}
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 

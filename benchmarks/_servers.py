@@ -11,22 +11,39 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from benchmarks._apps import Settings
 from benchmarks._load import healthy
 from benchmarks._postgres import named
+from benchmarks._settings import Settings
 
 START_SECONDS = 30.0
 STOP_SECONDS = 3.0
 _numbers = itertools.count(1)
 
 
+class DidNotStart(RuntimeError):
+    """A server ended, or said nothing, before it answered for the first time."""
+
+    def __init__(self, variant: str, log: str) -> None:
+        super().__init__(f"The server of {variant} did not start:\n{log}")
+        self.log = log
+
+
 class Server:
     """One variant, ready to be asked while in a block, and certainly gone afterwards."""
 
-    def __init__(self, variant: str, settings: Settings) -> None:
+    def __init__(
+        self,
+        variant: str,
+        settings: Settings,
+        *,
+        python: str = sys.executable,
+        program: str = "benchmarks._apps",
+    ) -> None:
         self.variant = variant
+        self._command = [python, "-m", program, variant]
         # Its own, so that the dying connections of an earlier server are not counted here.
-        self.application = f"bench-{next(_numbers)}-{variant}"
+        # Without spaces: SQLAlchemy writes them in URLs as `+`, which libpq reads as plus.
+        self.application = f"bench-{next(_numbers)}-{variant.replace(' ', '-')}"
         self._settings = replace(settings, url=named(settings.url, self.application))
 
     def __enter__(self) -> Self:
@@ -36,7 +53,8 @@ class Server:
         # The socket listens already, so the first request waits there until it is answered.
         if not healthy(self.port, START_SECONDS):
             self._stop()
-            raise RuntimeError(f"The server of {self.variant} did not start:\n{self._tail()}")
+            with self._log:
+                raise DidNotStart(self.variant, self._tail())
         return self
 
     def __exit__(
@@ -60,9 +78,8 @@ class Server:
     def _start(self, descriptor: int) -> None:
         # Not in a `with`: it lives as long as the server, and is read when that does not start.
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
-        arguments = [self.variant, self._settings.dumps(), str(descriptor)]
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks._apps", *arguments],
+            [*self._command, self._settings.dumps(), str(descriptor)],
             pass_fds=[descriptor],
             stdout=self._log,
             stderr=subprocess.STDOUT,

@@ -13,11 +13,12 @@ from typing import NamedTuple
 
 from sqlalchemy import URL
 
-from benchmarks._apps import VARIANTS, Settings
+from benchmarks._apps import VARIANTS
 from benchmarks._load import LOST, REFUSED, Pace, Tally, burst, flood, quantile, sustain
 from benchmarks._postgres import Backends, empty_database, text, through
 from benchmarks._report import Figure, Report, Spread, Table, ratios
 from benchmarks._servers import Server
+from benchmarks._settings import Settings
 from benchmarks.proxy import Proxy
 
 OURS = "sessionscope"
@@ -78,6 +79,15 @@ class Seen(NamedTuple):
     """Per request."""
 
 
+def observe(database: URL, server: Server, load: Callable[[], Tally]) -> Seen:
+    """Put *load* on *server* and count its connections to *database* meanwhile."""
+    before = server.processor_seconds()
+    with Backends(database, server.application) as backends:
+        tally = load()
+    used = server.processor_seconds() - before
+    return Seen(tally, backends.most, used / max(1, tally.sent) * 1e3)
+
+
 class Bench:
     """One run: its database, its scale, and the report that it fills."""
 
@@ -89,11 +99,7 @@ class Bench:
 
     def observe(self, server: Server, load: Callable[[], Tally]) -> Seen:
         """Put *load* on *server* and count its connections meanwhile."""
-        before = server.processor_seconds()
-        with Backends(self.database, server.application) as backends:
-            tally = load()
-        used = server.processor_seconds() - before
-        return Seen(tally, backends.most, used / max(1, tally.sent) * 1e3)
+        return observe(self.database, server, load)
 
     def add(self, *figures: Figure) -> None:
         """Add figures to the report."""

@@ -3,10 +3,11 @@
 Each variant runs in a fresh process under callgrind, so that nothing of one is in another.
 callgrind writes a part of its profile whenever `getppid` is called, and the units run between
 two such calls: start-up and warm-up are in other parts. Without valgrind, each variant's
-processor time is taken instead, in alternating rounds.
+processor time is taken instead.
 """
 
 import gc
+import json
 import os
 import re
 import shutil
@@ -19,8 +20,9 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+from benchmarks._environments import HERE, CannotRun, python_of, why
 from benchmarks._model import FIRST, Item, fill
-from benchmarks._peers import PEERS, Peer, Unit
+from benchmarks._peers import ENVIRONMENTS, PEERS, Peer, Unit
 from benchmarks._report import Figure, Report, Spread, Table
 
 KINDS = ("empty", "one SELECT", "one INSERT")
@@ -35,8 +37,20 @@ Costs = dict[str, Spread]
 def run(*, short: bool) -> Report:
     """Count what each variant costs; with *short*, take processor time as without valgrind."""
     counted = shutil.which("valgrind") is not None and not short
-    costs = _instructions(VARIANTS) if counted else _processor_times(VARIANTS, short=short)
-    return _report(costs, "thousand instructions" if counted else "processor µs")
+    measure = _callgrind if counted else partial(_processor_times, rounds=3 if short else 15)
+    costs: dict[str, Costs] = {}
+    failed = Table("Could not run", ["variant", "error"])
+    with ThreadPoolExecutor(os.cpu_count() if counted else 1) as pool:
+        running = {variant: pool.submit(measure, variant) for variant in VARIANTS}
+        for variant, future in running.items():
+            try:
+                costs[variant] = future.result()
+            except (CannotRun, subprocess.CalledProcessError) as error:
+                said = why(error)
+                failed.rows.append([variant, said])
+    report = _report(costs, "thousand instructions" if counted else "processor µs")
+    report.tables.append(failed)
+    return report
 
 
 def _report(costs: dict[str, Costs], unit: str) -> Report:
@@ -57,20 +71,15 @@ def _cell(costs: Costs, kind: str) -> str:
     return f"{costs[kind].median:.0f}" if kind in costs else "-"
 
 
-def _instructions(variants: tuple[str, ...]) -> dict[str, Costs]:
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return dict(zip(variants, pool.map(_callgrind, variants), strict=True))
-
-
 def _callgrind(variant: str) -> Costs:
     with tempfile.TemporaryDirectory() as folder:
         profile = Path(folder, "profile")
         command = [
             *("valgrind", "--tool=callgrind", f"--callgrind-out-file={profile}"),
-            *("--dump-before=getppid", sys.executable, "-m", "benchmarks.instructions", variant),
+            *("--dump-before=getppid", _python(variant), "-m", "benchmarks.instructions", variant),
         ]
         environment = {**os.environ, "PYTHONHASHSEED": "0"}
-        subprocess.run(command, check=True, capture_output=True, env=environment)
+        subprocess.run(command, check=True, capture_output=True, env=environment, text=True)
         kinds = [kind for kind in KINDS if _has(variant, kind)]
         # Parts alternate: what led up to the units, the units, what led up to the next.
         parts = [_total(profile.with_name(f"profile.{2 * n + 2}")) for n in range(len(kinds))]
@@ -83,19 +92,25 @@ def _total(profile: Path) -> int:
     return int(found[1])
 
 
-def _processor_times(variants: tuple[str, ...], *, short: bool) -> dict[str, Costs]:
-    rounds = 3 if short else 15
-    works = {(v, kind): _work(v, kind) for v in variants for kind in KINDS if _has(v, kind)}
-    taken: dict[tuple[str, str], list[float]] = {key: [] for key in works}
+def _python(variant: str) -> str:
+    return python_of(ENVIRONMENTS.get(variant, HERE))
+
+
+def _processor_times(variant: str, *, rounds: int) -> Costs:
+    """Take the processor time in a process of the variant's own."""
+    program = [_python(variant), "-m", "benchmarks.instructions", variant, str(rounds)]
+    told = subprocess.run(program, check=True, capture_output=True, text=True).stdout
+    return {kind: Spread.of(times) for kind, times in json.loads(told.splitlines()[-1]).items()}
+
+
+def _time(variant: str, rounds: int) -> None:
+    """Print the processor time of each kind of unit, round after round."""
+    works = {kind: _work(variant, kind) for kind in KINDS if _has(variant, kind)}
+    taken: dict[str, list[float]] = {kind: [] for kind in works}
     for _ in range(rounds):
-        for key, work in works.items():
-            taken[key].append(_processor_time(work))
-    return {
-        variant: {
-            kind: Spread.of(times) for (name, kind), times in taken.items() if name == variant
-        }
-        for variant in variants
-    }
+        for kind, work in works.items():
+            taken[kind].append(_processor_time(work))
+    print(json.dumps(taken))
 
 
 def _processor_time(work: Callable[[], None]) -> float:
@@ -161,4 +176,7 @@ def _count(variant: str) -> None:
 
 
 if __name__ == "__main__":
-    _count(sys.argv[1])
+    if len(sys.argv) > 2:
+        _time(sys.argv[1], int(sys.argv[2]))
+    else:
+        _count(sys.argv[1])

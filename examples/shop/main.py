@@ -13,12 +13,14 @@ from sessionscope import after_commit
 from sessionscope.integrations.fastapi import install, session_per_request
 
 from . import crud, models, page, schemas
-from .database import database
+from .async_orders import router
+from .database import async_database, database
 
 log = logging.getLogger("shop")
 
 app = FastAPI(title="The shop")
-install(app, database)
+install(app, database, async_database)
+app.include_router(router)
 
 WriteSession = Annotated[Session, session_per_request(database)]
 ReadSession = Annotated[Session, session_per_request(database, read_only=True)]

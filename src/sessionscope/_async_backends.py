@@ -16,7 +16,8 @@ from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.util import await_only, greenlet_spawn
 from sqlalchemy.util.concurrency import in_greenlet
 
-from sessionscope._backends import Backends, keep_socket
+from sessionscope._backends import CLOSING_SECONDS, Backends, keep_socket
+from sessionscope._interrupt import leave_to_interrupt
 from sessionscope._signal import call_soon
 
 # Seconds after which a server that does not answer is no longer waited for.
@@ -48,6 +49,7 @@ class AsyncBackends(Backends):
                 opening.get_loop().call_later(_PATIENCE, opening.cancel)
             raise
         self._loops[id(connection)] = opening.get_loop()
+        leave_to_interrupt(getattr(connection, "driver_connection", None))
         return connection
 
     def close(
@@ -59,20 +61,21 @@ class AsyncBackends(Backends):
     ) -> None:
         """Close a connection in a task of its own, on its own event loop.
 
-        Waits for that task if nothing need be cancelled, and the caller can wait.
+        Waits a moment for that task if nothing need be cancelled, and the caller can wait.
         """
         loop = self._loops.pop(id(connection), None)
+        if loop is None:  # it was closed before
+            return
         kept = keep_socket(driver_connection)
 
         def bury() -> asyncio.Task[None]:
             return self._start(self._bury(driver_connection, close, cancel, kept))
 
-        if loop is asyncio._get_running_loop() is not None:
+        if loop is asyncio._get_running_loop():
             burial = bury()
             if cancel is None and in_greenlet():
-                await_only(asyncio.shield(burial))
-            return
-        if loop is None or not call_soon(loop, bury):
+                await_only(asyncio.wait([burial], timeout=CLOSING_SECONDS))
+        elif not call_soon(loop, bury):
             _drop(driver_connection, close, kept)
             self.give_back()
 

@@ -13,7 +13,6 @@ from sqlalchemy.orm import Session
 from sqlalchemy.util import greenlet_spawn
 
 from sessionscope._async_source import AsyncSessionT, AsyncSource, create_engine
-from sessionscope._async_unit import end_all
 from sessionscope._entry import async_entry_point, finished, is_async, place_of
 from sessionscope._options import Options, read_url, url_from_env
 from sessionscope._places import caller
@@ -70,7 +69,8 @@ class _Block(AbstractAsyncContextManager[AsyncSessionT]):
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        await end_all((self._unit,), Unit.commit if exc_type is None else Unit.rollback)
+        how = Unit.commit if exc_type is None else Unit.rollback
+        await Unit.end_all_async((self._unit,), how)
 
 
 class AsyncDatabase(Generic[AsyncSessionT]):
@@ -263,15 +263,25 @@ class AsyncDatabase(Generic[AsyncSessionT]):
         isolation_level: str | None = None,
         independent: bool = False,
     ) -> Any:
-        unit = Unit(
+        is_plain = not is_async(fn)
+        unit: Unit[Any] = Unit(
             self,
             read_only=read_only,
             isolation_level=isolation_level,
             independent=independent,
             opened_at=place_of(fn),
+            plain=is_plain,
         )
         async with _Block(unit) as session:
-            if is_async(fn):
-                return await fn(session, *args, **kwargs)
-            result = await greenlet_spawn(fn, session.sync_session, *args, **kwargs)
-            return finished(result, fn, "an AsyncDatabase calls it with a plain Session")
+            if is_plain:
+                return await greenlet_spawn(_call, fn, session, args, kwargs)
+            return await fn(session, *args, **kwargs)
+
+
+def _call(fn: Callable[..., Any], session: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
+    """Call a plain function, and send its changes in the same greenlet."""
+    result = finished(
+        fn(session, *args, **kwargs), fn, "an AsyncDatabase calls it with a plain Session"
+    )
+    session.flush()
+    return result

@@ -15,7 +15,6 @@ from sqlalchemy.orm import Session
 from sqlalchemy.util import await_only
 from typing_extensions import TypeVar
 
-from sessionscope import _guards
 from sessionscope._guards import Scope
 from sessionscope._source import Source
 
@@ -34,12 +33,14 @@ class AsyncSource(Source[AsyncSessionT]):
         _warn_of_what_is_bypassed(session_class)
         self._async_engines: dict[int, AsyncEngine] = {}
         write = self.async_engine(self.engines.write)
-        self.async_sessionmaker = async_sessionmaker(
-            write, class_=session_class, **self.session_options
+        inner, unit_class = self.guarded(session_class.sync_session_class)
+        # async_sessionmaker makes no class of its own, as sessionmaker does: without this one,
+        # the guards would be on every AsyncSession of the process.
+        outer = _around(session_class, inner.class_)
+        self.async_sessionmaker: async_sessionmaker[AsyncSessionT] = async_sessionmaker(
+            write, class_=outer, **self.session_options
         )
-        inner = self.make_sessionmaker(session_class.sync_session_class)
-        # Of the factory's own class, so that the guards are on the sessions of this one alone.
-        self.async_sessionmaker.class_.sync_session_class = inner.class_
+        self.unit_class = _around(outer, unit_class)
 
     @property
     def session_options(self) -> dict[str, Any]:
@@ -52,11 +53,15 @@ class AsyncSource(Source[AsyncSessionT]):
 
     def open_session(self, bind: Engine, scope: Scope) -> tuple[AsyncSessionT, Session]:
         """Return a session as the user gets it, and the synchronous one inside of it."""
-        overrides = self.read_only_overrides if scope.read_only else {}
-        session = self.async_sessionmaker(
-            bind=self.async_engine(bind), info=_guards.info(scope), **overrides
-        )
+        options = self.unit_options(self.async_sessionmaker.kw, self.async_engine(bind), scope)
+        session = self.unit_class(**options)
         return session, session.sync_session
+
+    def open_plain(self, bind: Engine, scope: Scope) -> tuple[Any, Session]:
+        """Return a plain session, twice, without an asynchronous one around it."""
+        options = self.unit_options(self.async_sessionmaker.kw, bind, scope)
+        session = self.unit_class.sync_session_class(**options)
+        return session, session
 
     def async_engine(self, engine: Engine) -> AsyncEngine:
         """Return the asynchronous face of *engine*."""
@@ -73,6 +78,11 @@ class AsyncSource(Source[AsyncSessionT]):
 def create_engine(*args: Any, **kwargs: Any) -> Engine:
     """Return the engine inside of ``create_async_engine()``'s."""
     return create_async_engine(*args, **kwargs).sync_engine
+
+
+def _around(session_class: type[Any], inside: type[Session]) -> type[Any]:
+    """Return a class of asynchronous sessions that make their synchronous ones of *inside*."""
+    return type(session_class.__name__, (session_class,), {"sync_session_class": inside})
 
 
 def _warn_of_what_is_bypassed(session_class: type[AsyncSession]) -> None:

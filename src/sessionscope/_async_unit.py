@@ -8,34 +8,39 @@ and is delivered at the next ``await``.
 
 import asyncio
 import sys
-from collections.abc import Callable, Collection, Coroutine
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Coroutine
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 from sqlalchemy.util import greenlet_spawn
 
-from sessionscope._unit import Unit
+from sessionscope.exc import CommitUnknown
 
 _tasks: set[asyncio.Task[Any]] = set()
 
 
-async def end_all(units: Collection[Unit[Any]], how: Callable[[Unit[Any]], None]) -> None:
-    """Async version of :meth:`Unit.end_all`."""
-    for unit in units:
-        unit.leave()
-    if not any(unit.needs_io for unit in units):
-        await greenlet_spawn(Unit.end_all, units, how)
-        return
-    if how is not Unit.commit:
-        await asyncio.shield(start(greenlet_spawn(Unit.end_all, units, how)))
-        return
-    try:
-        if any(unit.has_changes for unit in units):
-            await greenlet_spawn(Unit.flush_all, units)
-    except BaseException:
-        await asyncio.shield(start(greenlet_spawn(Unit.end_all, units, Unit.rollback)))
-        raise
-    await _outcome(start(greenlet_spawn(Unit.end_all, units, how)))
+async def end(finish: Callable[[], None]) -> None:
+    """Call *finish*, which nothing can prevent, in a task of its own.
+
+    A cancellation is delivered at once, and *finish* goes on.
+    """
+    await asyncio.shield(start(greenlet_spawn(finish)))
+
+
+async def commit(
+    finish: Callable[[], None], flush: Callable[[], None] | None, undo: Callable[[], None]
+) -> None:
+    """Call *flush*, if there is something to flush, and then *finish* in a task of its own.
+
+    If *flush* fails, or is cancelled, *undo* is called instead.
+    """
+    if flush is not None:
+        try:
+            await greenlet_spawn(flush)
+        except BaseException:
+            await end(undo)
+            raise
+    await _outcome(start(greenlet_spawn(finish)))
 
 
 def start(work: Coroutine[Any, Any, Any]) -> "asyncio.Task[Any]":
@@ -48,18 +53,27 @@ def start(work: Coroutine[Any, Any, Any]) -> "asyncio.Task[Any]":
 
 async def _outcome(committing: "asyncio.Task[None]") -> None:
     """Wait until *committing* is done, whatever is cancelled meanwhile."""
-    cancelled = False
     with _shield():
-        while not committing.done():
-            try:
-                await asyncio.wait([committing])
-            except asyncio.CancelledError:
-                cancelled = True
-    if cancelled:
-        task = asyncio.current_task()
-        assert task is not None
-        task.get_loop().call_soon(_cancel_again, task)
+        try:
+            await asyncio.shield(committing)
+            return
+        except asyncio.CancelledError:  # also in the moment when it was done already
+            await _done(committing)
+    task = asyncio.current_task()
+    assert task is not None
+    task.get_loop().call_soon(_cancel_again, task)
+    if committing.cancelled():  # no one has it but the event loop, which is being shut down
+        raise CommitUnknown(
+            "The event loop was shut down during COMMIT: the database may have committed, or not. "
+            "Look before you try again"
+        )
     committing.result()
+
+
+async def _done(committing: "asyncio.Task[None]") -> None:
+    while not committing.done():
+        with suppress(asyncio.CancelledError):
+            await asyncio.wait([committing])
 
 
 def _cancel_again(task: "asyncio.Task[Any]") -> None:

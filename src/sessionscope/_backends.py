@@ -18,7 +18,7 @@ from sessionscope._signal import Signal
 from sessionscope.exc import PoolBusy
 
 # Seconds for which a closed connection may keep its place while the server is silent.
-_CLOSING_SECONDS = 0.1
+CLOSING_SECONDS = 0.1
 
 
 class _Pool(Protocol):
@@ -82,7 +82,7 @@ class Backends:
         try:
             close()
             if kept is not None:
-                wait_until_closed(kept, _CLOSING_SECONDS)
+                wait_until_closed(kept, CLOSING_SECONDS)
         finally:
             self.give_back()
             if kept is not None:

@@ -21,8 +21,9 @@ from sessionscope._doom import (
     doom_check,
     has_lost_transaction,
 )
-from sessionscope._guards import UNIT, Scope
+from sessionscope._guards import Scope
 from sessionscope._places import describe
+from sessionscope._watch import UNIT
 from sessionscope.exc import CommitUnknown, DatabaseUnavailable, TransactionDoomed
 
 _COMMITTING = "sessionscope.committing"
@@ -73,7 +74,8 @@ def verify_commits(engine: Engine, database: str) -> None:
     # Any listener on an Engine makes each Connection build a dispatcher for every
     # event that it passes, which costs a read unit a third of its instructions.
     dialect.do_commit = do_commit  # type: ignore[method-assign, assignment]  # as a subclass would
-    dialect.do_begin = do_begin  # type: ignore[method-assign, assignment]  # likewise
+    if dialect.name in ("mysql", "mariadb"):
+        dialect.do_begin = do_begin  # type: ignore[method-assign, assignment]  # likewise
     dialect.do_rollback_to_savepoint = do_rollback_to_savepoint  # type: ignore[method-assign]  # likewise
     event.listen(engine, "handle_error", failed)
     event.listen(engine, "checkin", returned)

@@ -50,7 +50,7 @@ def has_lost_transaction(context: ExceptionContext) -> bool:
     assert context.connection is not None
     proxied = context.connection.connection
     if context.dialect.name == "sqlite":
-        return _sqlite_is_doomed(proxied)
+        return doom_check("sqlite", context.dialect.driver)(proxied)
     return context.dialect.name in ("mysql", "mariadb") and _mysql_has_lost(context, proxied)
 
 
@@ -111,6 +111,11 @@ def _asyncpg_is_doomed(proxied: PoolProxiedConnection) -> bool:
 
 
 def _sqlite_is_doomed(proxied: PoolProxiedConnection) -> bool:
+    driver_connection: Any = proxied.dbapi_connection
+    return _sqlite.BEGAN in proxied.info and not driver_connection.in_transaction
+
+
+def _aiosqlite_is_doomed(proxied: PoolProxiedConnection) -> bool:
     driver_connection: Any = proxied.driver_connection
     return _sqlite.BEGAN in proxied.info and not driver_connection.in_transaction
 
@@ -128,5 +133,5 @@ _CHECKS: dict[tuple[str, str], IsDoomed] = {
     ("postgresql", "psycopg2"): _psycopg2_is_doomed,
     ("postgresql", "asyncpg"): _asyncpg_is_doomed,
     ("sqlite", "pysqlite"): _sqlite_is_doomed,
-    ("sqlite", "aiosqlite"): _sqlite_is_doomed,
+    ("sqlite", "aiosqlite"): _aiosqlite_is_doomed,
 }

@@ -12,12 +12,8 @@ from sqlalchemy.orm import Session, SessionTransaction, sessionmaker
 from sessionscope import _overlap, _watch
 from sessionscope._options import Options
 from sessionscope._places import Place, describe
-from sessionscope._watch import OnLeak
+from sessionscope._watch import UNIT, OnLeak
 from sessionscope.exc import NestedUnit, ReadOnlyUnit, SessionEnded
-
-# The key in Session.info, and in Connection.info while the session uses the
-# connection, of the Scope of their unit of work.
-UNIT = "sessionscope.unit"
 
 
 class Scope:
@@ -130,35 +126,22 @@ def _current_task() -> "asyncio.Task[Any] | None":
     return asyncio.current_task() if asyncio._get_running_loop() is not None else None
 
 
-def info(scope: Scope) -> dict[str, object]:
-    """Return what the session of *scope* is to know of it."""
-    return {UNIT: scope, _watch.OPENED_AT: scope.opened_at}
-
-
-def end(scope: Scope, session: Session | None) -> None:
-    """End *scope*: whatever is done with its *session* from now on is refused."""
-    scope.ended = True
-    scope.connection = None
-    if session is not None and scope.used:
-        _watch.leave(session)
-
-
-def guard(factory: sessionmaker[Any], on_leak: OnLeak) -> None:
-    """Put the guards on all sessions that *factory* makes."""
+def guard(factory: sessionmaker[Any], on_leak: OnLeak, *, is_async: bool) -> type[Any]:
+    """Put the guards on all sessions that *factory* makes; return the class for those of units."""
 
     def begun(session: Session, transaction: SessionTransaction, connection: Connection) -> None:
         scope: Scope | None = session.info.get(UNIT)
         if scope is not None:
             scope.connection = connection
             connection.info[UNIT] = scope
-        is_autocommit = scope is not None and scope.autocommit
-        _watch.watch(session, connection, on_leak, is_autocommit=is_autocommit)
+        if scope is None or is_async:  # Unit.__del__ finds the others
+            _watch.watch(session, connection, on_leak)
 
-    _overlap.refuse_overlap(factory)
-    _watch.note_opening(factory)
+    _overlap.refuse_overlap(factory, is_async=is_async)
     event.listen(factory, "after_transaction_create", _refuse_after_end)
     event.listen(factory, "after_begin", begun)
     event.listen(factory, "before_flush", _refuse_flush)
+    return _watch.note_opening(factory)
 
 
 def _refuse_after_end(session: Session, transaction: SessionTransaction) -> None:

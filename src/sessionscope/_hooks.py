@@ -10,13 +10,15 @@ nothing for them.
 import logging
 from collections.abc import Callable
 from functools import partial
-from inspect import iscoroutinefunction
-from typing import ParamSpec
+from inspect import isawaitable, iscoroutinefunction
+from typing import ParamSpec, Protocol
 
 from sqlalchemy import Connection, event
 from sqlalchemy.orm import Session, SessionTransaction
+from sqlalchemy.util import await_only
 
-from sessionscope._guards import UNIT, refuse_ended
+from sessionscope._guards import refuse_ended
+from sessionscope._watch import UNIT
 from sessionscope.exc import ConfigurationError
 
 _P = ParamSpec("_P")
@@ -24,15 +26,27 @@ _HOOKS = "sessionscope.hooks"
 _log = logging.getLogger("sessionscope")
 
 
+class _AsyncSession(Protocol):
+    """An AsyncSession, as far as hooks go."""
+
+    @property
+    def sync_session(self) -> Session: ...
+
+
 def after_commit(
-    session: Session, fn: Callable[_P, object], /, *args: _P.args, **kwargs: _P.kwargs
+    session: Session | _AsyncSession,
+    fn: Callable[_P, object],
+    /,
+    *args: _P.args,
+    **kwargs: _P.kwargs,
 ) -> None:
     """Call ``fn(*args, **kwargs)`` once what *session* has done so far is committed.
 
     It is called once, after the unit of work has ended and its connection is back
     in the pool, in the order in which outcomes were decided, and never if the transaction, or
     the savepoint in which it was registered, is rolled back. What it raises is
-    logged: a commit that has happened cannot fail any more.
+    logged: a commit that has happened cannot fail any more. With an asynchronous session
+    *fn* may be an ``async def``, which is awaited.
 
     A session that no Database opened calls it when its transaction has ended. If
     such a session has joined an outer transaction that only others can commit
@@ -43,7 +57,11 @@ def after_commit(
 
 
 def after_rollback(
-    session: Session, fn: Callable[_P, object], /, *args: _P.args, **kwargs: _P.kwargs
+    session: Session | _AsyncSession,
+    fn: Callable[_P, object],
+    /,
+    *args: _P.args,
+    **kwargs: _P.kwargs,
 ) -> None:
     """Call ``fn(*args, **kwargs)`` once what *session* has done so far is rolled back.
 
@@ -102,7 +120,9 @@ class _Hooks:
         due, self._due = self._due, []
         for call in due:
             try:
-                call()
+                result = call()
+                if isawaitable(result):
+                    await_only(result)
             except Exception:
                 _log.exception(
                     "%r failed after the end of its transaction, which stands as it ended", call
@@ -130,17 +150,22 @@ class _Hooks:
             self.run()
 
 
-def _add(session: Session, call: partial[object], *, on_commit: bool) -> None:
-    refuse_ended(session)
-    if iscoroutinefunction(call.func):
+def _add(session: Session | _AsyncSession, call: partial[object], *, on_commit: bool) -> None:
+    plain = session if isinstance(session, Session) else session.sync_session
+    refuse_ended(plain)
+    if iscoroutinefunction(call.func) and not _is_async(plain):
         raise ConfigurationError(
             f"The hook {call.func.__qualname__}() is an `async def` function, which no one would "
-            "await: write it with `def`"
+            "await in a synchronous session: write it with `def`"
         )
-    hooks: _Hooks | None = session.info.get(_HOOKS)
+    hooks: _Hooks | None = plain.info.get(_HOOKS)
     if hooks is None:
-        hooks = session.info[_HOOKS] = _Hooks(session)
-    hooks.add(session, call, on_commit=on_commit)
+        hooks = plain.info[_HOOKS] = _Hooks(plain)
+    hooks.add(plain, call, on_commit=on_commit)
+
+
+def _is_async(session: Session) -> bool:
+    return session.bind is not None and session.bind.dialect.is_async
 
 
 def _enclosing_savepoint(savepoint: SessionTransaction) -> SessionTransaction | None:

@@ -1,11 +1,21 @@
 """Interrupting: ending, on the server, the statement that a connection is running."""
 
-from collections.abc import Callable
+import asyncio
+import sys
+from collections.abc import Callable, Coroutine, Generator
+from contextlib import contextmanager
 from inspect import isawaitable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from sqlalchemy import Pool
 from sqlalchemy.util import await_only
+from sqlalchemy.util.concurrency import in_greenlet
+
+# Seconds after which MySQL is asked again whether a connection has ended.
+_KILLING_SECONDS = 0.01
+
+_killing: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = WeakKeyDictionary()
 
 
 def interrupt(pool: Pool, driver_connection: Any) -> None:
@@ -19,17 +29,56 @@ def interrupt(pool: Pool, driver_connection: Any) -> None:
             cancelling = getattr(driver_connection, name)()
             if isawaitable(cancelling):
                 await_only(cancelling)
+            if name == "interrupt" and in_greenlet():
+                # SQLite keeps the locks of a closed connection while a stream of it is referred to.
+                await_only(driver_connection.rollback())
             return
     if hasattr(driver_connection, "thread_id"):  # MySQL's drivers
         _kill(pool, driver_connection.thread_id())
 
 
+def leave_to_interrupt(driver_connection: Any) -> None:
+    """Keep psycopg's connections for tasks from interrupting a statement by themselves.
+
+    They await that in the cancelled task, where a second cancellation makes them close their
+    end at once; the server would run on, and no one could reach it any more.
+    """
+    libpq = getattr(driver_connection, "pgconn", None)
+    if libpq is None:
+        return
+    waiting = sys.modules["psycopg.waiting"]
+
+    def wait(steps: Any, *args: Any, **kwargs: Any) -> Coroutine[Any, Any, Any]:
+        result: Coroutine[Any, Any, Any] = waiting.wait_async(steps, libpq.socket, *args, **kwargs)
+        return result
+
+    driver_connection.wait = wait
+
+
 def _kill(pool: Pool, thread_id: int) -> None:
     """Have MySQL end a connection, over a new one: its protocol knows no other way."""
     # Not from the pool, where no place may be left.
-    connect: Callable[[], Any] = pool._creator  # type: ignore[assignment]  # pyright: ignore  # its own
-    beside = connect()
+    connect: Callable[[], Any] = pool._creator  # type: ignore[assignment]  # pyright: ignore[reportPrivateUsage, reportAssignmentType]
+    with _one_at_a_time():
+        beside = connect()
+        try:
+            beside.cursor().execute(f"KILL {thread_id}")
+            while in_greenlet():  # it is an error once the server knows that connection no more
+                await_only(asyncio.sleep(_KILLING_SECONDS))
+                beside.cursor().execute(f"KILL {thread_id}")
+        finally:
+            beside.close()
+
+
+@contextmanager
+def _one_at_a_time() -> Generator[None]:
+    """Let one task of an event loop in: a hundred cancellations take one connection more."""
+    if not in_greenlet():
+        yield
+        return
+    lock = _killing.setdefault(asyncio.get_running_loop(), asyncio.Lock())
+    await_only(lock.acquire())
     try:
-        beside.cursor().execute(f"KILL {thread_id}")
+        yield
     finally:
-        beside.close()
+        lock.release()

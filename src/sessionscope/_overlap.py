@@ -36,66 +36,58 @@ _METHODS = (
     "scalars",
 )
 
-_USE = "_sessionscope_use"
+# Keys in a session's __dict__: who is inside a call of it, and what was last done with it, when.
+USER = "_sessionscope_user"
+_LAST = "_sessionscope_last"
+
 _User = int | asyncio.Task[Any]
 
 
-class _Use:
-    """Who is inside a session, and what was last done with it."""
-
-    __slots__ = ("last", "left_at", "lock", "user")
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.user: _User | None = None
-        self.left_at = 0.0
-        self.last: tuple[str, object] = ("", None)
-
-
-def refuse_overlap(factory: sessionmaker[Any]) -> None:
+def refuse_overlap(factory: sessionmaker[Any], *, is_async: bool) -> None:
     """Put the guard on all sessions that *factory* makes."""
+    current_user = _current_task_or_thread if is_async else threading.get_ident
     for name in _METHODS:
-        setattr(factory.class_, name, _guarded(getattr(factory.class_, name)))
+        method = getattr(factory.class_, name)
+        setattr(factory.class_, name, _guarded(method, current_user))
 
 
 def is_in_use(session: Session) -> bool:
     """Return whether another thread or task is inside a call of *session*."""
-    use: _Use | None = session.__dict__.get(_USE)
-    return use is not None and use.user not in (None, _current_user())
+    user: _User | None = session.__dict__.get(USER)
+    return user is not None and user not in (threading.get_ident(), _current_task_or_thread())
 
 
-def _guarded(method: Callable[..., Any]) -> Callable[..., Any]:
+def _guarded(method: Callable[..., Any], current_user: Callable[[], _User]) -> Callable[..., Any]:
+    name = method.__name__
+
     @functools.wraps(method)
     def call(self: Session, *args: Any, **kwargs: Any) -> Any:
-        use: _Use = self.__dict__.get(_USE) or self.__dict__.setdefault(_USE, _Use())
-        user = _current_user()
-        if use.user == user:
+        state = self.__dict__
+        me = current_user()
+        if state.get(USER) == me:  # from inside of a call of its own
             return method(self, *args, **kwargs)
-        if not use.lock.acquire(blocking=False):
-            raise _shared(self, method.__name__, use.user)
-        use.user = user
-        if use.left_at and monotonic() - use.left_at > IDLE_SECONDS:
-            warn_of_idleness(self, monotonic() - use.left_at, *use.last)
+        user = state.setdefault(USER, me)  # one step: no other thread comes in between
+        if user != me:
+            raise _shared(self, name, user)
         try:
+            if _LAST in state and monotonic() - state[_LAST][0] > IDLE_SECONDS:
+                warn_of_idleness(self, *state[_LAST])
             return method(self, *args, **kwargs)
         finally:
-            use.last = method.__name__, args[0] if args else None
-            use.left_at = monotonic()
-            use.user = None
-            use.lock.release()
+            state[_LAST] = monotonic(), name, args
+            del state[USER]
 
     return call
 
 
-def _current_user() -> _User:
+def _current_task_or_thread() -> _User:
     if asyncio._get_running_loop() is not None:
         return asyncio.current_task() or threading.get_ident()
     return threading.get_ident()
 
 
-def _shared(session: Session, method: str, user: _User | None) -> SessionShared:
-    first = there(user) if user is not None else None
-    second = here()
+def _shared(session: Session, method: str, user: _User) -> SessionShared:
+    first, second = there(user), here()
     return SessionShared(
         f"{method}() was called{_at(second)} while another thread or task{_at(first)} is using "
         f"the session opened at {describe(opened_at(session))}. The second use was refused, the "

@@ -1,34 +1,59 @@
 """The pools: they share their bound with the pool of another engine; one user in memory."""
 
 import threading
+from collections import deque
 from collections.abc import Callable
 from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Literal
 
-from sqlalchemy import pool
 from sqlalchemy import exc as sa_exc
+from sqlalchemy import pool
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.pool import ConnectionPoolEntry
-from sqlalchemy.util.queue import Empty, Queue
+from sqlalchemy.pool.base import _ConnectionRecord  # pyright: ignore[reportPrivateUsage]  # its own
+from sqlalchemy.util.queue import Empty, Full, QueueCommon
 
 from sessionscope._backends import Backends
 from sessionscope._interrupt import interrupt
 from sessionscope.exc import PoolBusy
 
 
-class _Queue(Queue[ConnectionPoolEntry]):
-    """The idle connections of a pool; more than its size while units are about to ask for them."""
+class _Queue(QueueCommon[ConnectionPoolEntry]):
+    """The idle connections of a pool; more than its size while units are about to ask for them.
+
+    Without a lock: nobody waits here, the pool does that by itself, in a thread or in a task.
+    """
 
     backends: Backends
 
-    def _full(self) -> bool:
-        # QueuePool closes what does not fit, and under load opens it anew at once.
-        return len(self.queue) >= self.maxsize > 0 and not self.backends.is_in_demand()
+    def __init__(self, maxsize: int = 0, use_lifo: bool = False) -> None:
+        self.maxsize = maxsize
+        self.use_lifo = use_lifo
+        self._idle: deque[ConnectionPoolEntry] = deque()
 
     def get(self, block: bool = True, timeout: float | None = None) -> ConnectionPoolEntry:
-        # The pool waits by itself, in a thread or in a task.
-        return super().get(False)
+        try:
+            return self._idle.pop() if self.use_lifo else self._idle.popleft()
+        except IndexError:
+            raise Empty from None
+
+    def put(
+        self, item: ConnectionPoolEntry, block: bool = True, timeout: float | None = None
+    ) -> None:
+        if self.full():
+            raise Full
+        self._idle.append(item)
+
+    def qsize(self) -> int:
+        return len(self._idle)
+
+    def empty(self) -> bool:
+        return not self._idle
+
+    def full(self) -> bool:
+        # QueuePool closes what does not fit, and under load opens it anew at once.
+        return len(self._idle) >= self.maxsize > 0 and not self.backends.is_in_demand()
 
 
 class _CountedPool(pool.Pool):
@@ -59,6 +84,11 @@ class _CountedPool(pool.Pool):
             return self.backends.open(partial(self._connect, record), discard, self._patience)
         except OSError as error:  # asyncpg's own, which SQLAlchemy does not know
             raise self._dialect.loaded_dbapi.OperationalError(str(error)) from error  # type: ignore[union-attr]
+
+    def _create_connection(self) -> ConnectionPoolEntry:
+        # It connects at its checkout. If that fails half-way, in a "connect" event or in a
+        # cancelled task, the pool closes what was opened, which older versions of SQLAlchemy forget.
+        return _ConnectionRecord(self, connect=False)
 
     def _close_connection(self, connection: DBAPIConnection, *, terminate: bool = False) -> None:
         driver_connection = self._dialect.get_driver_connection(connection)
@@ -113,9 +143,11 @@ class SharedQueuePool(_CountedPool, pool.QueuePool):
     def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
         if self._is_disposed:
             record.close()  # no one would take it from here
-            return
-        super()._do_return_conn(record)
-        self.backends.signal.notify()
+        elif record.dbapi_connection is None:  # invalidated, or never connected
+            self._dec_overflow()
+        else:
+            super()._do_return_conn(record)
+            self.backends.signal.notify()
 
     def dispose(self) -> None:
         self._is_disposed = True
@@ -157,7 +189,8 @@ class MemoryPool(_CountedPool, pool.StaticPool):
         self._lock = threading.Lock()
 
     def _do_get(self) -> ConnectionPoolEntry:
-        self._take()
+        if not self._lock.acquire(blocking=False):
+            self._take()
         try:
             return super()._do_get()
         except BaseException:
@@ -186,10 +219,15 @@ class MemoryPool(_CountedPool, pool.StaticPool):
         self._release()
 
     def _open(self, record: ConnectionPoolEntry) -> DBAPIConnection:
-        kept, self._kept = self._kept, None
+        kept = self._kept
         if kept is None:
             return super()._open(record)
+        interrupt(self, self._dialect.get_driver_connection(kept))
         kept.rollback()
+        cursor = kept.cursor()
+        cursor.execute("PRAGMA query_only = 0")  # a reader may have been cut off
+        cursor.close()
+        self._kept = None  # not before: a cancellation meanwhile would take the data with it
         return kept
 
     def _close_connection(self, connection: DBAPIConnection, *, terminate: bool = False) -> None:

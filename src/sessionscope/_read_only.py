@@ -7,7 +7,7 @@ from sqlalchemy.engine.default import DefaultExecutionContext
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from sessionscope._guards import UNIT
+from sessionscope._watch import UNIT
 from sessionscope.exc import ReadOnlyUnit
 
 _SWITCH = {

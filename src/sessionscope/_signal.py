@@ -12,19 +12,26 @@ class Signal:
 
     def __init__(self) -> None:
         self.changes = 0
+        self._waiting = 0
         # Re-entrant: the garbage collector may return a connection while this thread is in here.
         self._changed = threading.Condition(threading.RLock())
 
     def notify(self) -> None:
         """Wake all who wait."""
-        with self._changed:
-            self.changes += 1
-            self._changed.notify_all()
+        # Without the lock: who waits has said so before it looks at the count.
+        self.changes += 1
+        if self._waiting:
+            with self._changed:
+                self._changed.notify_all()
 
     def wait(self, seen: int, timeout: float) -> bool:
         """Wait for a change after the *seen* one; return False at the timeout."""
         with self._changed:
-            return timeout > 0 and self._changed.wait_for(lambda: self.changes != seen, timeout)
+            self._waiting += 1
+            try:
+                return timeout > 0 and self._changed.wait_for(lambda: self.changes != seen, timeout)
+            finally:
+                self._waiting -= 1
 
 
 class AsyncSignal(Signal):
@@ -32,15 +39,16 @@ class AsyncSignal(Signal):
 
     def __init__(self) -> None:
         super().__init__()
-        self._waiting: set[asyncio.Future[None]] = set()
+        self._futures: set[asyncio.Future[None]] = set()
 
     def notify(self) -> None:
         """Wake all who wait, from any thread."""
-        with self._changed:
-            self.changes += 1
-            waiting, self._waiting = self._waiting, set()
-        for future in waiting:
-            call_soon(future.get_loop(), _resolve, future)
+        self.changes += 1
+        if self._futures:
+            with self._changed:
+                futures, self._futures = self._futures, set()
+            for future in futures:
+                call_soon(future.get_loop(), _resolve, future)
 
     def wait(self, seen: int, timeout: float) -> bool:
         """Wait for a change after the *seen* one; return False at the timeout."""
@@ -50,15 +58,15 @@ class AsyncSignal(Signal):
         loop = asyncio.get_running_loop()
         future = loop.create_future()
         with self._changed:
-            if self.changes != seen:
-                return True
-            self._waiting.add(future)
+            self._futures.add(future)
         timer = loop.call_later(timeout, _resolve, future)
         try:
-            await future
+            if self.changes == seen:
+                await future
         finally:
             timer.cancel()
-            self._waiting.discard(future)
+            with self._changed:
+                self._futures.discard(future)
         return self.changes != seen
 
 

@@ -1,25 +1,29 @@
 """Source: what all units of work of one Database share."""
 
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from time import monotonic, sleep
+from types import MappingProxyType
 from typing import Any, Generic
 
 from sqlalchemy import Engine, create_engine
 from sqlalchemy.orm import Session, sessionmaker
 from typing_extensions import TypeVar
 
-from sessionscope import _guards
+from sessionscope import _guards, _watch
 from sessionscope._commit import verify_commits
 from sessionscope._engines import CreateEngine, Engines
 from sessionscope._gate import Gate
 from sessionscope._guards import Scope
 from sessionscope._options import Options
 from sessionscope._telling import Telling
+from sessionscope._watch import UNIT
 from sessionscope.events import Observer, SessionLeaked, Stats
 from sessionscope.exc import ConfigurationError
 
 SessionT = TypeVar("SessionT", default=Session)
+
+_NONE: Mapping[object, object] = MappingProxyType({})
 
 
 class Source(Generic[SessionT]):
@@ -40,24 +44,22 @@ class Source(Generic[SessionT]):
         self.engines = Engines(options, create, self._demand)
         for engine in {id(e.dialect): e for e in (self.engines.read, self.engines.write)}.values():
             verify_commits(engine, name)
-        # A read-only unit has no transaction to prepare.
-        two_phase = options.session_options.get("twophase", False)
-        self.read_only_overrides = {"twophase": False} if two_phase else {}
+        self._two_phase = options.session_options.get("twophase", False)
         self.make_sessionmakers()
 
     def make_sessionmakers(self) -> None:
-        """Make the factory of the sessions that users get."""
-        self.sessionmaker = self.make_sessionmaker(self.options.session_class)
+        """Make the factory of the sessions that users get, and the class of those of units."""
+        self.sessionmaker, self.unit_class = self.guarded(self.options.session_class)
 
-    def make_sessionmaker(self, session_class: type[Any]) -> sessionmaker[Any]:
-        """Return a guarded factory of synchronous sessions."""
+    def guarded(self, session_class: type[Any]) -> tuple[sessionmaker[Any], type[Any]]:
+        """Return a guarded factory of synchronous sessions, and the class of those of units."""
         try:
             factory = sessionmaker(self.engines.write, class_=session_class, **self.session_options)
             factory().close()  # an unknown option is an error here, not at the first request
         except TypeError as error:
             raise ConfigurationError(f"session_options has an unknown option: {error}") from error
-        _guards.guard(factory, self._leaked)
-        return factory
+        is_async = self.options.is_async
+        return factory, _guards.guard(factory, self._leaked, is_async=is_async)
 
     @property
     def session_options(self) -> dict[str, Any]:
@@ -66,9 +68,23 @@ class Source(Generic[SessionT]):
 
     def open_session(self, bind: Engine, scope: Scope) -> tuple[SessionT, Session]:
         """Return a session as the user gets it, and the synchronous one inside of it."""
-        overrides = self.read_only_overrides if scope.read_only else {}
-        session = self.sessionmaker(bind=bind, info=_guards.info(scope), **overrides)
+        session = self.unit_class(**self.unit_options(self.sessionmaker.kw, bind, scope))
         return session, session
+
+    def open_plain(self, bind: Engine, scope: Scope) -> tuple[Any, Session]:
+        """Return a plain session, twice."""
+        return self.open_session(bind, scope)
+
+    def unit_options(self, options: dict[str, Any], bind: object, scope: Scope) -> dict[str, Any]:
+        """Return a sessionmaker's *options* as those of one unit's session."""
+        info = {**options.get("info", _NONE), UNIT: scope}
+        if scope.read_only and self._two_phase:  # it has no transaction to prepare
+            return {**options, "bind": bind, "info": info, "twophase": False}
+        return {**options, "bind": bind, "info": info}
+
+    def leaked(self, session: Session) -> None:
+        """Warn of *session*, which has a connection and whose unit was abandoned."""
+        _watch.report(session, self._leaked)
 
     def sleep(self, seconds: float) -> None:
         """Wait while another thread leaves a session."""

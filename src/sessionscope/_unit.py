@@ -3,14 +3,16 @@
 import logging
 from collections.abc import Callable, Collection
 from contextlib import suppress
+from functools import partial
 from time import monotonic
 from types import TracebackType
 from typing import Any, Generic, Protocol
 
 from sqlalchemy.exc import IllegalStateChangeError, InvalidRequestError, PendingRollbackError
 from sqlalchemy.orm import Session
+from sqlalchemy.util import greenlet_spawn
 
-from sessionscope import _guards, _hooks, _overlap, _watch
+from sessionscope import _async_unit, _guards, _hooks, _overlap, _watch
 from sessionscope._guards import Scope
 from sessionscope._interrupt import interrupt
 from sessionscope._options import check_isolation_level
@@ -49,7 +51,8 @@ class Unit(Generic[SessionT]):
         finally:
             unit.close()
 
-    *opened_at* is the ``(code, line)`` that errors name, by default the caller's.
+    *opened_at* is the ``(code, line)`` that errors name, by default the caller's. A *plain*
+    unit of an AsyncDatabase has a plain Session, for code that runs in SQLAlchemy's greenlets.
     A unit is used once.
     """
 
@@ -60,6 +63,7 @@ class Unit(Generic[SessionT]):
         "_gate",
         "_given",
         "_is_open",
+        "_is_plain",
         "_scope",
         "_session",
         "_source",
@@ -73,6 +77,7 @@ class Unit(Generic[SessionT]):
         isolation_level: str | None = None,
         independent: bool = False,
         opened_at: Place | None = None,
+        plain: bool = False,
     ) -> None:
         check_isolation_level(isolation_level)
         source = database._source  # pyright: ignore[reportPrivateUsage]  # its own half
@@ -89,6 +94,7 @@ class Unit(Generic[SessionT]):
             read_only=read_only, isolation_level=isolation_level, independent=independent
         )
         self._gate = source.gate(read_only=read_only, independent=independent)
+        self._is_plain = plain
         self._given: SessionT | None = None
         self._session: Session | None = None
         self._admitted_at = 0.0
@@ -99,7 +105,7 @@ class Unit(Generic[SessionT]):
     def session(self) -> SessionT:
         """The unit's session. It exists from admission on."""
         if self._given is None:
-            raise InvalidRequestError("This unit has no session yet: call admit() first")
+            raise _no_session()
         return self._given
 
     @property
@@ -110,8 +116,7 @@ class Unit(Generic[SessionT]):
     @property
     def has_changes(self) -> bool:
         """Whether the session has changes that it has not sent yet."""
-        session = self._plain
-        return bool(session.new or session.deleted or session.dirty)
+        return not self._plain._is_clean()  # pyright: ignore[reportPrivateUsage]  # as commit() asks
 
     @property
     def needs_io(self) -> bool:
@@ -208,7 +213,8 @@ class Unit(Generic[SessionT]):
         that is inside a call of the session's.
         """
         if self._give_back():
-            _hooks.run_due(self._plain)
+            assert self._session is not None
+            _hooks.run_due(self._session)
 
     @staticmethod
     def end_all(units: "Collection[Unit[Any]]", how: "Callable[[Unit[Any]], None]") -> None:
@@ -233,6 +239,27 @@ class Unit(Generic[SessionT]):
                 _hooks.run_due(unit._plain)
 
     @staticmethod
+    async def end_all_async(
+        units: "Collection[Unit[Any]]", how: "Callable[[Unit[Any]], None]"
+    ) -> None:
+        """Async version of :meth:`end_all`, for the units of AsyncDatabases.
+
+        No cancellation prevents it. One that comes before COMMIT was sent rolls back;
+        one that comes later is delivered at the next ``await`` after the outcome.
+        """
+        for unit in units:
+            _guards.leave(unit._scope)
+        finish = partial(Unit.end_all, units, how)
+        if not any(unit.needs_io for unit in units):
+            await greenlet_spawn(finish)
+        elif how is not Unit.commit:
+            await _async_unit.end(finish)
+        else:
+            pending = any(unit.has_changes for unit in units)
+            flush = partial(Unit.flush_all, units) if pending else None
+            await _async_unit.commit(finish, flush, partial(Unit.end_all, units, Unit.rollback))
+
+    @staticmethod
     def flush_all(units: "Collection[Unit[Any]]") -> None:
         """Send the changes of all units that are still pending. Raises what flush() raises."""
         for unit in units:
@@ -241,15 +268,13 @@ class Unit(Generic[SessionT]):
             except PendingRollbackError as error:
                 raise unit._doomed(error) from error
 
-    def leave(self) -> None:
-        """Let the flow of control that opened the unit go on while it is ended elsewhere."""
-        _guards.leave(self._scope)
-
     def __enter__(self) -> SessionT:
-        self._refuse_second_use()
+        if self._given is not None:
+            self._refuse_second_use()
         try:
             self.admit()
-            return self.session
+            assert self._given is not None
+            return self._given
         except BaseException:  # an interrupt, at the worst moment
             self.close()
             raise
@@ -272,18 +297,21 @@ class Unit(Generic[SessionT]):
         """Give back what a unit holds that was abandoned without its close()."""
         if not getattr(self, "_is_open", False):
             return
-        self._is_open = False
         try:
-            if self._session is not None:
-                _watch.report(self._session)
+            if self._session is not None and self._scope.used:
+                self._source.leaked(self._session)
         finally:
-            self._end()
+            if self.is_async:  # its connection is closed on its event loop
+                self._is_open = False
+                self._end()
+            else:
+                self._give_back()
 
     @property
     def _plain(self) -> Session:
         """The session on which the rules are carried out."""
         if self._session is None:
-            raise InvalidRequestError("This unit has no session yet: call admit() first")
+            raise _no_session()
         return self._session
 
     def _refuse_second_use(self) -> None:
@@ -305,8 +333,13 @@ class Unit(Generic[SessionT]):
         return session is not None
 
     def _end(self) -> None:
-        _guards.leave(self._scope)
-        _guards.end(self._scope, self._session)
+        scope = self._scope
+        if not scope.left:
+            _guards.leave(scope)
+        scope.ended = True
+        scope.connection = None
+        if scope.is_async and self._session is not None:
+            _watch.leave(self._session)
         used = monotonic() - self._admitted_at
         self._gate.release(committed=self._committed, used=used)
         if self._source.telling.observers:
@@ -315,7 +348,7 @@ class Unit(Generic[SessionT]):
 
     def _reset(self, session: Session) -> None:
         """Close the session, if need be after another thread has left it."""
-        if _overlap.is_in_use(session):
+        if _overlap.USER in session.__dict__:
             self._reset_once_left(session)
             return
         try:
@@ -347,7 +380,8 @@ class Unit(Generic[SessionT]):
         self._is_open = True
         self._admitted_at = monotonic()
         try:
-            self._given, self._session = self._source.open_session(self._bind, self._scope)
+            open_session = self._source.open_plain if self._is_plain else self._source.open_session
+            self._given, self._session = open_session(self._bind, self._scope)
             _guards.enter(self._scope)
         except BaseException:
             self._give_back()
@@ -356,7 +390,9 @@ class Unit(Generic[SessionT]):
             self._tell_begun(self._admitted_at - started)
 
     def _commit(self) -> None:
-        session = self._plain
+        session = self._session
+        if session is None:
+            raise _no_session()
         if self._scope.read_only and not _hooks.has_hooks(session):
             session.flush()  # refuses changes that would be lost without a word
             return
@@ -411,3 +447,7 @@ class Unit(Generic[SessionT]):
             "work, or flush in a savepoint and catch the error outside of it: "
             "with session.begin_nested(): ..."
         )
+
+
+def _no_session() -> InvalidRequestError:
+    return InvalidRequestError("This unit has no session yet: call admit() first")

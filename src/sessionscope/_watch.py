@@ -9,6 +9,7 @@ import asyncio
 import warnings
 import weakref
 from collections.abc import Callable
+from time import monotonic
 from typing import Any
 
 from sqlalchemy import Connection, Executable
@@ -22,8 +23,12 @@ from sessionscope.exc import IdleInTransactionWarning, SessionLeakWarning
 # Seconds for which a transaction may be open without a statement.
 IDLE_SECONDS = 10.0
 
-# The key in Session.info of the place where the session was opened.
-OPENED_AT = "sessionscope.opened_at"
+# The key in Session.info, and in Connection.info while the session uses the
+# connection, of the Scope of their unit of work.
+UNIT = "sessionscope.unit"
+
+# And of the place where a session without one was opened.
+_OPENED_AT = "sessionscope.opened_at"
 _WATCH = "sessionscope.watch"
 
 # Called with the place where a session was opened that has leaked.
@@ -33,10 +38,9 @@ OnLeak = Callable[[str], None]
 class _Watch(weakref.ref[Session]):
     """A session in use, and the connection that it would take with it."""
 
-    __slots__ = ("connection", "is_autocommit", "loop", "on_leak", "opened_at")
+    __slots__ = ("connection", "loop", "on_leak", "opened_at")
 
     connection: Connection
-    is_autocommit: bool
     loop: asyncio.AbstractEventLoop | None
     on_leak: OnLeak
     opened_at: Place | None
@@ -46,22 +50,23 @@ _watches: set[_Watch] = set()
 _closing: set[asyncio.Task[None]] = set()  # an event loop alone would not keep them alive
 
 
-def note_opening(factory: sessionmaker[Any]) -> None:
-    """Make the sessions of *factory* know where they were opened."""
+def note_opening(factory: sessionmaker[Any]) -> type[Any]:
+    """Make the sessions of *factory* know where they were opened.
+
+    Returns a class with the same listeners for the sessions of units, which know it already.
+    """
     session_class: Any = factory.class_  # the factory's own, whoever wrote the one it is made of
     make = session_class.__init__
 
     def init(self: Session, *args: Any, **kwargs: Any) -> None:
         make(self, *args, **kwargs)
-        if OPENED_AT not in self.info:
-            self.info[OPENED_AT] = here()
+        self.info[_OPENED_AT] = here()
 
     session_class.__init__ = init
+    return type(session_class.__name__, (session_class,), {"__init__": make})
 
 
-def watch(
-    session: Session, connection: Connection, on_leak: OnLeak, *, is_autocommit: bool
-) -> None:
+def watch(session: Session, connection: Connection, on_leak: OnLeak) -> None:
     """Watch *session*, which has begun to use *connection*."""
     watching: _Watch | None = session.info.get(_WATCH)
     if watching is None:
@@ -69,14 +74,14 @@ def watch(
         watching.opened_at = opened_at(session)
         watching.loop = asyncio._get_running_loop()
         watching.on_leak = on_leak
-        watching.is_autocommit = is_autocommit
         _watches.add(watching)
     watching.connection = connection
 
 
 def opened_at(session: Session) -> Place | None:
     """Return where *session* was opened, if that is known."""
-    place: Place | None = session.info.get(OPENED_AT)
+    scope = session.info.get(UNIT)
+    place: Place | None = session.info.get(_OPENED_AT) if scope is None else scope.opened_at
     return place
 
 
@@ -87,29 +92,34 @@ def leave(session: Session) -> None:
         _watches.discard(watching)
 
 
-def report(session: Session) -> None:
-    """Treat *session*, whose unit of work was abandoned, as a leak, if it has a connection."""
+def report(session: Session, on_leak: OnLeak) -> None:
+    """Treat *session*, which has a connection and whose unit was abandoned, as a leak."""
     watching: _Watch | None = session.info.get(_WATCH)
-    if watching is not None and watching in _watches:
+    if watching is not None:
         _collected(watching)
+    else:
+        _warn_of_leak(opened_at(session), on_leak)
 
 
-def warn_of_idleness(session: Session, seconds: float, method: str, argument: object) -> None:
-    """Warn that *session* kept its transaction open for *seconds* after its last call."""
-    watching: _Watch | None = session.info.get(_WATCH)
-    if watching is None or watching.is_autocommit or not session.in_transaction():
+def warn_of_idleness(
+    session: Session, since: float, method: str, arguments: tuple[object, ...]
+) -> None:
+    """Warn that *session* kept its transaction open *since* its last call."""
+    scope = session.info.get(UNIT)
+    is_autocommit = scope is not None and scope.autocommit and not scope.streams
+    if is_autocommit or not session.in_transaction():
         return
     warnings.warn(
-        f"The session opened at {describe(watching.opened_at)} was idle in its transaction for "
-        f"{seconds:.1f} s after {_last_call(method, argument)}: it kept its connection and its "
-        "locks meanwhile. End the unit of work before what takes long (a call over the network, "
-        "a file, a sleep), and begin another one after it",
+        f"The session opened at {describe(opened_at(session))} was idle in its transaction for "
+        f"{monotonic() - since:.1f} s after {_last_call(method, *arguments[:1])}: it kept its "
+        "connection and its locks meanwhile. End the unit of work before what takes long (a call "
+        "over the network, a file, a sleep), and begin another one after it",
         IdleInTransactionWarning,
         stacklevel=4,
     )
 
 
-def _last_call(method: str, argument: object) -> str:
+def _last_call(method: str, argument: object = None) -> str:
     if isinstance(argument, Executable):
         return repr(" ".join(str(argument).split())[:80])
     name = getattr(argument, "__name__", "") if isinstance(argument, type) else ""
@@ -123,21 +133,24 @@ def _collected(watching: weakref.ref[Session]) -> None:
     connection = watching.connection
     if connection.closed:
         return
-    opened_at = describe(watching.opened_at)
     try:
-        warnings.warn(
-            f"The session opened at {opened_at} was never closed; its connection was rolled back "
-            "and given back when the garbage collector found it. Write: with database.begin() as "
-            "session: ...",
-            SessionLeakWarning,
-            stacklevel=2,
-        )
+        _warn_of_leak(watching.opened_at, watching.on_leak)
     finally:
-        watching.on_leak(opened_at)
         if connection.dialect.is_async:
             _close_on_loop(connection, watching.loop)
         else:
             connection.close()
+
+
+def _warn_of_leak(place: Place | None, on_leak: OnLeak) -> None:
+    on_leak(describe(place))
+    warnings.warn(
+        f"The session opened at {describe(place)} was never closed; its connection was rolled "
+        "back and given back when the garbage collector found it. Write: with database.begin() as "
+        "session: ...",
+        SessionLeakWarning,
+        stacklevel=3,
+    )
 
 
 def _close_on_loop(connection: Connection, loop: asyncio.AbstractEventLoop | None) -> None:

@@ -19,7 +19,7 @@ from sessionscope.testing import PostgresServer
 from shop.seed import create_and_fill
 
 # The modules that hold on to the process's Database. The others receive what they need.
-HOLDERS = ("database", "main", "worker", "cli", "demo")
+HOLDERS = ("database", "async_orders", "main", "worker", "cli", "demo")
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,23 @@ def test_an_order_can_be_read_as_soon_as_it_is_answered(client: TestClient) -> N
     assert stock(client)[TEAPOT] == 498
 
 
+def test_both_styles_sell_from_the_same_shelves(
+    client: TestClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What `async def` sells, `def` reads, and the other way round."""
+    with caplog.at_level(logging.INFO, "shop"):
+        placed = client.post("/async/orders", json={"user_id": 1, "items": {TEAPOT: 2}})
+    assert placed.status_code == 201
+    assert caplog.messages == [f"order {placed.json()['id']} is committed: tell the customer"]
+    assert client.get(f"/orders/{placed.json()['id']}").json() == placed.json()
+    sold = client.post("/orders", json={"user_id": 1, "items": {TEAPOT: 1}}).json()["id"]
+    assert client.get(f"/async/orders/{sold}").json()["total"] == 2450
+    assert client.get("/async/items/").json() == client.get("/items/").json()
+    refused = client.post("/async/orders", json={"user_id": 1, "items": {TEAPOT: 1, KETTLE: 4}})
+    assert refused.status_code == 409
+    assert stock(client)[TEAPOT] == 497
+
+
 def test_out_of_stock_is_409_and_leaves_nothing_behind(client: TestClient) -> None:
     """The handler answers after the session was rolled back."""
     answer = client.post("/orders", json={"user_id": 1, "items": {TEAPOT: 2, KETTLE: 4}})

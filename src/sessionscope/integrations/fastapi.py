@@ -26,8 +26,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from contextvars import copy_context
 from dataclasses import dataclass
+from functools import partial
 from time import monotonic
-from typing import Any
+from typing import Any, Protocol
 
 from anyio.to_thread import current_default_thread_limiter
 from fastapi import Depends, FastAPI, Request, WebSocket
@@ -37,11 +38,11 @@ from fastapi.dependencies.utils import get_dependant
 from fastapi.requests import HTTPConnection
 from fastapi.responses import JSONResponse
 
-from sessionscope import Database, Unit, exc
+from sessionscope import Stats, Unit, exc
 
 __all__ = ["install", "session_per_request"]
 
-_Units = dict[Database[Any], Unit[Any]]
+_Units = dict[Any, Unit[Any]]
 _Overrides = Mapping[Callable[..., Any] | None, Callable[..., Any]]
 
 _UNITS = "sessionscope.units"
@@ -67,10 +68,18 @@ if hasattr(os, "register_at_fork"):  # Windows has no fork
     os.register_at_fork(after_in_child=_new_executor)
 
 
-def session_per_request(database: Database[Any], *, read_only: bool = False) -> Any:
+class _Database(Protocol):
+    """A Database or an AsyncDatabase, which only those import who have greenlet."""
+
+    def stats(self) -> Stats: ...
+    def limit_waiting_threads(self, threads: Callable[[], int | None], /) -> None: ...
+
+
+def session_per_request(database: _Database, *, read_only: bool = False) -> Any:
     """Return the dependency that gives a request its session.
 
-    To be used as ``Annotated[Session, session_per_request(database)]``, on its own
+    To be used as ``Annotated[Session, session_per_request(database)]``, or with an
+    AsyncDatabase as ``Annotated[AsyncSession, session_per_request(database)]``, on its own
     or through other dependencies. A request has one session per database, which
     writes if any of its dependencies asks for one that writes. A returned response
     commits, whatever its status; to undo, raise, or call ``session.rollback()``.
@@ -83,7 +92,7 @@ def session_per_request(database: Database[Any], *, read_only: bool = False) -> 
     return Depends(_SessionPerRequest(database, read_only), scope="function")
 
 
-def install(app: FastAPI, *databases: Database[Any]) -> None:
+def install(app: FastAPI, *databases: _Database) -> None:
     """Answer our errors, drain at shutdown, and keep threads free for those at work.
 
     PoolBusy and DatabaseUnavailable become 503 with Retry-After, unless the app has
@@ -106,7 +115,7 @@ def install(app: FastAPI, *databases: Database[Any]) -> None:
 class _SessionPerRequest:
     """The dependency's callable; equal ones are one dependency to FastAPI."""
 
-    database: Database[Any]
+    database: Any
     read_only: bool
 
     async def __call__(self, connection: HTTPConnection) -> AsyncIterator[Any]:
@@ -114,7 +123,7 @@ class _SessionPerRequest:
         if scope["type"] != "http":
             raise exc.ConfigurationError(
                 "A websocket lives too long for one unit of work: open one per message, "
-                "with database.begin() as session: ..."
+                "with database.begin() as session: ... (of an AsyncDatabase, async with)"
             )
         units: _Units = scope.setdefault(_UNITS, {})
         if self.database in units:  # an outer dependency opened it and will end it
@@ -156,7 +165,7 @@ async def _open(dependency: _SessionPerRequest, scope: MutableMapping[str, Any])
     return opened
 
 
-def _wanted(dependency: _SessionPerRequest, scope: Mapping[str, Any]) -> dict[Database[Any], bool]:
+def _wanted(dependency: _SessionPerRequest, scope: Mapping[str, Any]) -> dict[Any, bool]:
     """Return for each database of the request, in their fixed order, whether it is only read."""
     # The dependencies that include_router() adds are known to this context only.
     included = scope.get("fastapi", {}).get("effective_route_context")
@@ -171,7 +180,7 @@ def _wanted(dependency: _SessionPerRequest, scope: Mapping[str, Any]) -> dict[Da
     return dict(sorted(wanted.items(), key=_id_of_database)) if len(wanted) > 1 else wanted
 
 
-def _id_of_database(item: tuple[Database[Any], bool]) -> int:
+def _id_of_database(item: tuple[Any, bool]) -> int:
     return id(item[0])
 
 
@@ -197,27 +206,72 @@ def _walk_call(
 
 
 async def _end(units: Collection[Unit[Any]], how: Callable[[Unit[Any]], None]) -> None:
-    """End the units, in a thread if that may wait for a database."""
+    """End the units: those of AsyncDatabases here, the others in a thread."""
+    here = [unit for unit in units if unit.is_async]
+    others = [unit for unit in units if not unit.is_async]
+    if not here:
+        await _end_in_thread(others, how)
+    elif not others:
+        await Unit.end_all_async(here, how)
+    elif how is Unit.commit:
+        await _commit_both(here, others)
+    else:
+        await _undo_both(here, others, how)
+
+
+async def _commit_both(here: Collection[Unit[Any]], others: Collection[Unit[Any]]) -> None:
+    """Flush all units, of both kinds, and then commit them."""
+    try:
+        await _in_thread(partial(Unit.flush_all, others))
+    except asyncio.CancelledError:
+        await _undo_both(here, others, Unit.discard)  # the flush goes on in its thread
+        raise
+    except BaseException:
+        await _undo_both(here, others, Unit.rollback)
+        raise
+    try:
+        await Unit.end_all_async(here, Unit.commit)
+    except BaseException:
+        await _end_in_thread(others, Unit.rollback)
+        raise
+    await _end_in_thread(others, Unit.commit)
+
+
+async def _undo_both(
+    here: Collection[Unit[Any]], others: Collection[Unit[Any]], how: Callable[[Unit[Any]], None]
+) -> None:
+    # Under a cancelled anyio scope every await raises: what each starts before its first is done.
+    try:
+        await Unit.end_all_async(here, how)
+    finally:
+        await _end_in_thread(others, how)
+
+
+async def _end_in_thread(units: Collection[Unit[Any]], how: Callable[[Unit[Any]], None]) -> None:
+    """End the units of Databases, in a thread if that may wait for one."""
     # discard() interrupts a statement and waits for another thread, whatever the unit did.
     if how is not Unit.discard and not any(unit.needs_io for unit in units):
         Unit.end_all(units, how)
         return
+    await _in_thread(partial(Unit.end_all, units, how))
+
+
+async def _in_thread(work: Callable[[], None]) -> None:
     # Submitted before the first await: a cancellation cannot prevent it.
     context = copy_context()
     loop = asyncio.get_running_loop()
-    await asyncio.shield(
-        loop.run_in_executor(_ending, lambda: context.run(Unit.end_all, units, how))
-    )
+    await asyncio.shield(loop.run_in_executor(_ending, lambda: context.run(work)))
 
 
 def _check_database(database: object, usage: str) -> None:
-    if not isinstance(database, Database):
+    if not hasattr(database, "limit_waiting_threads"):
         raise exc.ConfigurationError(
-            f"{type(database).__name__} is not a sessionscope.Database: write {usage}"
+            f"{type(database).__name__} is not a Database or an AsyncDatabase of sessionscope: "
+            f"write {usage}"
         )
 
 
-def _add_lifespan(app: FastAPI, databases: Sequence[Database[Any]]) -> None:
+def _add_lifespan(app: FastAPI, databases: Sequence[Any]) -> None:
     inner = app.router.lifespan_context
 
     @asynccontextmanager
@@ -232,20 +286,27 @@ def _add_lifespan(app: FastAPI, databases: Sequence[Database[Any]]) -> None:
 
         for database in databases:
             database.limit_waiting_threads(pooled_threads)
-            await asyncio.to_thread(_warn_if_unavailable, database)
+            await _warn_if_unavailable(database)
         try:
             async with inner(app) as state:
                 yield state
         finally:
             for database in databases:
-                await asyncio.to_thread(database.drain, _DRAIN_SECONDS)
+                await _call(database.drain, _DRAIN_SECONDS)
 
     app.router.lifespan_context = lifespan
 
 
-def _warn_if_unavailable(database: Database[Any]) -> None:
+async def _call(method: Callable[..., Any], *args: Any) -> Any:
+    """Call a method of an AsyncDatabase here, and one of a Database in a thread."""
+    if inspect.iscoroutinefunction(method):
+        return await method(*args)
+    return await asyncio.to_thread(method, *args)
+
+
+async def _warn_if_unavailable(database: Any) -> None:
     try:
-        database.ping()
+        await _call(database.ping)
     except (exc.DatabaseUnavailable, exc.PoolBusy) as error:
         _log.warning("%r does not answer at start-up: %s", database, error)
 

@@ -1,0 +1,131 @@
+"""Processor time of one asynchronous unit of work on PostgreSQL, against plain SQLAlchemy.
+
+The server runs in processes of its own, so that what is taken is the client's alone. Both
+variants of a pair run on one event loop, in alternating rounds.
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
+from functools import partial
+from typing import NamedTuple
+
+from sqlalchemy.ext.asyncio import (
+    AsyncEngine,
+    AsyncSession,
+    async_sessionmaker,
+    create_async_engine,
+)
+from sqlalchemy.orm import Session
+
+from benchmarks._model import FIRST, Item
+from benchmarks._postgres import empty_database, text
+from benchmarks._report import Figure, Report, Table, ratios
+
+DRIVERS = ("asyncpg", "psycopg")
+WARM_UP = 50
+
+Work = Callable[[], Awaitable[object]]
+_Context = AbstractAsyncContextManager[AsyncSession]
+
+
+class Pair(NamedTuple):
+    """A unit of ours, what it is compared with, and how much of that it may cost."""
+
+    name: str
+    ours: Work
+    theirs: Work
+    at_most: float | None
+
+
+def run(*, url: str | None, short: bool) -> Report:
+    """Take the processor time of each pair of units on each driver."""
+    rounds, units = (3, 30) if short else (15, 200)
+    report = Report("async units: processor time against plain SQLAlchemy")
+    table = Table("processor µs per unit", ["unit", "ours", "theirs"])
+    with empty_database(url) as database:
+        for driver in DRIVERS:
+            address = text(database.set(drivername=f"postgresql+{driver}"))
+            with Units(address) as compared:
+                for pair in compared.pairs(is_asyncpg=driver == "asyncpg"):
+                    name = f"{driver}: {pair.name}"
+                    ours, theirs = (
+                        partial(compared.microseconds, work, units)
+                        for work in (pair.ours, pair.theirs)
+                    )
+                    ratio, our, their = ratios(ours, theirs, rounds)
+                    report.figures.append(Figure.spread(name, ratio, at_most=pair.at_most))
+                    table.rows.append([name, f"{our.median:.0f}", f"{their.median:.0f}"])
+    report.tables.append(table)
+    return report
+
+
+class Units:
+    """Units of work on one event loop, ours and by hand."""
+
+    def __init__(self, url: str) -> None:
+        # Not at the top: what this import installs must not run in the processes of the others.
+        from sessionscope import AsyncDatabase
+
+        self._runner = asyncio.Runner()
+        self._database = AsyncDatabase(url)
+        self._engines = [
+            create_async_engine(url),
+            create_async_engine(url, isolation_level="AUTOCOMMIT", skip_autocommit_rollback=True),
+        ]
+        plain, autocommit = (_factory(engine) for engine in self._engines)
+        self._begin, self._autocommit = plain.begin, autocommit
+
+    def __enter__(self) -> "Units":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._runner.run(self._database.dispose())
+        for engine in self._engines:
+            self._runner.run(engine.dispose())
+        self._runner.close()
+
+    def pairs(self, *, is_asyncpg: bool) -> list[Pair]:
+        """Return what is compared; the targets are asyncpg's."""
+        write = self._database.begin
+        ours_read = partial(_read, partial(write, read_only=True))
+        ours_run = partial(self._database.run, _add)
+        pairs = [
+            Pair("read / begin()", ours_read, partial(_read, self._begin), 0.65),
+            Pair("read / AUTOCOMMIT", ours_read, partial(_read, self._autocommit), 1.0),
+            Pair("INSERT / begin()", partial(_insert, write), partial(_insert, self._begin), 1.02),
+            Pair("INSERT by run() / begin()", ours_run, partial(_insert, self._begin), 0.96),
+        ]
+        return pairs if is_asyncpg else [pair._replace(at_most=None) for pair in pairs]
+
+    def microseconds(self, work: Work, units: int) -> float:
+        """Return the processor time of one unit."""
+        return self._runner.run(_time(work, units))
+
+
+def _factory(engine: AsyncEngine) -> async_sessionmaker[AsyncSession]:
+    return async_sessionmaker(engine, expire_on_commit=False)
+
+
+async def _time(work: Work, units: int) -> float:
+    for _ in range(WARM_UP):
+        await work()
+    start = time.process_time()
+    for _ in range(units):
+        await work()
+    return (time.process_time() - start) / units * 1e6
+
+
+async def _read(unit: Callable[..., _Context]) -> None:
+    async with unit() as session:
+        (await session.scalars(FIRST)).one()
+
+
+async def _insert(unit: Callable[..., _Context]) -> None:
+    async with unit() as session:
+        session.add(Item(name="inserted"))
+
+
+def _add(session: Session) -> None:
+    session.add(Item(name="inserted"))

@@ -1,0 +1,180 @@
+"""The commands ``check``, ``rules`` and ``explain``."""
+
+import argparse
+import gc
+import sys
+from collections.abc import Iterable
+from dataclasses import replace
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from sessionscope.check._cache import Cache
+from sessionscope.check._config import Config, UsageError, checked, load
+from sessionscope.check._files import Problem, SourceFile, discover
+from sessionscope.check._finding import CONFIDENCES
+from sessionscope.check._providers import describe
+from sessionscope.check._registry import RULES
+from sessionscope.check._report import as_json, github, statistics, text
+from sessionscope.check._run import Project, Report, quietly, run
+from sessionscope.check._sarif import sarif
+from sessionscope.check._versions import Version, fastapi_version
+
+CLEAN, FOUND, UNUSABLE = 0, 1, 2
+
+
+def add_check(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``sessionscope check``."""
+    parser.add_argument("paths", nargs="+", metavar="PATH", help="files and folders")
+    parser.add_argument("--format", choices=("text", "json", "sarif", "github"), default="text")
+    parser.add_argument("--select", metavar="CODE,…", help="these rules alone")
+    parser.add_argument("--ignore", metavar="CODE,…", help="not these rules")
+    parser.add_argument(
+        "--confidence", choices=CONFIDENCES[::-1], help="how sure a finding must be"
+    )
+    parser.add_argument("--statistics", action="store_true", help="count the findings per rule")
+    parser.add_argument(
+        "--providers",
+        action="store_true",
+        help="print what is believed to create, provide, own and receive sessions",
+    )
+    parser.add_argument("--fix", action="store_true", help="mend what can be mended safely")
+    parser.add_argument(
+        "--unsafe-fixes", action="store_true", help="with --fix: also what may change behaviour"
+    )
+    parser.add_argument("--no-cache", action="store_true", help="do not use the cache")
+    parser.set_defaults(run=check)
+
+
+def add_explain(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``sessionscope explain``."""
+    parser.add_argument("code", metavar="CODE", help="for instance SES105")
+    parser.set_defaults(run=explain)
+
+
+def explain(arguments: argparse.Namespace) -> int:
+    """Print the page of a rule."""
+    rule = RULES.get(arguments.code.upper())
+    if rule is None:
+        return _unusable(f"no rule is called {arguments.code!r}: `sessionscope rules` lists them")
+    print(f"# {rule.code} {rule.name}\n\n{rule.page}")
+    return CLEAN
+
+
+def rules(_: argparse.Namespace) -> int:
+    """Print the list of rules."""
+    for rule in RULES.values():
+        print(f"{rule.code}  {rule.name:<32}{rule.default:<8}{rule.summary}")
+    return CLEAN
+
+
+def check(arguments: argparse.Namespace) -> int:
+    """Check files and print what was found."""
+    # The process ends soon: collecting garbage would only cost time.
+    gc.disable()
+    try:
+        config = _configured(arguments)
+    except UsageError as error:
+        return _unusable(str(error))
+    problems: list[Problem] = []
+    files = discover(arguments.paths, config.exclude, problems)
+    framework = fastapi_version(_folder(arguments.paths))
+    if arguments.providers:
+        return _print_providers(files, config, framework)
+    report = _report(files, config, framework, cached=not arguments.no_cache)
+    report.problems[:0] = problems
+    if arguments.fix or arguments.unsafe_fixes:
+        report = _fixed(report, files, config, framework, unsafe=arguments.unsafe_fixes)
+    _print(report, arguments)
+    gc.freeze()
+    if report.problems:
+        return UNUSABLE
+    return FOUND if any(config.fails(finding) for finding in report.findings) else CLEAN
+
+
+def _unusable(message: str) -> int:
+    print(f"sessionscope: {message}", file=sys.stderr)
+    return UNUSABLE
+
+
+def _configured(arguments: argparse.Namespace) -> Config:
+    config = load(Path.cwd())
+    if arguments.select is not None:
+        config = replace(config, select=checked(arguments.select.split(",")))
+    if arguments.ignore is not None:
+        config = replace(config, ignore=checked(arguments.ignore.split(",")))
+    if arguments.confidence is not None:
+        config = replace(config, confidence=arguments.confidence)
+    return config
+
+
+def _folder(paths: Iterable[str]) -> Path:
+    first = Path(next(iter(paths))).resolve()
+    return first if first.is_dir() else first.parent
+
+
+def _report(
+    files: list[SourceFile], config: Config, framework: Version | None, *, cached: bool
+) -> Report:
+    if not cached:
+        return run(files, config, framework)
+    cache = Cache(files, config, framework)
+    report = cache.load()
+    if report is None:
+        report = run(files, config, framework)
+        cache.store(report)
+    return report
+
+
+def _print_providers(files: list[SourceFile], config: Config, framework: Version | None) -> int:
+    with quietly():
+        project = Project(config, framework)
+        project.read(files)
+        for line in describe(project.model()):
+            print(line)
+    return CLEAN
+
+
+def _fixed(
+    report: Report,
+    files: list[SourceFile],
+    config: Config,
+    framework: Version | None,
+    *,
+    unsafe: bool,
+) -> Report:
+    try:
+        fix = import_module("sessionscope.check._fix")
+    except ModuleNotFoundError as error:
+        if error.name != "libcst":
+            raise
+        print('Fixes need LibCST: pip install "sessionscope[codemod]"', file=sys.stderr)
+        return report
+    number = fix.apply(report.findings, {file.path: file.full for file in files}, unsafe=unsafe)
+    print(f"Fixed {number} finding{'' if number == 1 else 's'}.", file=sys.stderr)
+    return run(files, config, framework) if number else report
+
+
+def _print(report: Report, arguments: argparse.Namespace) -> None:
+    match arguments.format:
+        case "json":
+            print(as_json(report))
+        case "sarif":
+            print(sarif(report, _version()))
+        case "github":
+            print(*github(report), sep="\n")
+        case _:
+            lines = statistics(report) if arguments.statistics else text(report)
+            print(*lines, sep="\n")
+            return
+    for problem in report.problems:
+        print(f"{problem.path}:{problem.line}: {problem.text}", file=sys.stderr)
+    if not report.files:
+        print("Nothing was checked: no Python file was found.", file=sys.stderr)
+
+
+def _version() -> str:
+    try:
+        return version("sessionscope")
+    except PackageNotFoundError:
+        return "0"

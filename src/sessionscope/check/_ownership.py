@@ -1,0 +1,187 @@
+"""Who owns a session: what a function makes, keeps, gives away and closes."""
+
+import ast
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from sessionscope.check._facts import Binding, Scope, Use, parameters, receiver, words
+from sessionscope.check._model import Model
+from sessionscope.check._paths import Marks
+from sessionscope.check._values import Value
+
+CLOSING = frozenset({"close", "aclose", "remove", "close_all", "invalidate"})
+_HARMLESS = frozenset(
+    {"add", "add_all", "expunge", "expunge_all", "expire", "begin", "get_bind", "configure"}
+)
+# Calls that keep what they are given, to end it later.
+_KEEPERS = words(
+    "callback push push_async_callback enter_context enter_async_context closing aclosing "
+    "finalize register append set put setdefault setattr add_done_callback addfinalizer "
+    "call_on_close addCleanup add_cleanup"
+)
+
+
+class Owned(NamedTuple):
+    """A local name bound to a session that this function made."""
+
+    name: str
+    scope: Scope
+    made: ast.Call
+    binding: Binding
+    value: Value
+
+
+def owned(model: Model, scope: Scope) -> Iterator[Owned]:
+    """Yield the sessions that *scope* makes and binds to local names."""
+    taken = _parameter_names(scope)
+    for name, bindings in scope.bindings.items():
+        if "." in name or name in taken or name in scope.globals:
+            continue
+        for binding in bindings:
+            made = fresh_call(model, scope, binding)
+            if made is not None:
+                value = model.value(made, scope)
+                if value is not None:
+                    yield Owned(name, scope, made, binding, value)
+
+
+def fresh_call(model: Model, scope: Scope, binding: Binding) -> ast.Call | None:
+    """Return the call with which *binding* makes a session, if it does."""
+    if binding.kind != "value" or binding.place is not None:
+        return None
+    node = binding.value
+    if isinstance(node, ast.Await):
+        node = node.value
+    if not isinstance(node, ast.Call):
+        return None
+    found = model.session(node, scope)
+    return node if found is not None and found.fresh and not on_connection(found) else None
+
+
+def on_connection(value: Value) -> bool:
+    """Return whether a session was made on a connection whose owner is elsewhere."""
+    made = value.node
+    if not isinstance(made, ast.Call):
+        return False
+    binds = [*made.args[:1], *(k.value for k in made.keywords if k.arg in {"bind", None})]
+    return any(
+        "conn" in ast.unparse(bind).lower() or "get_bind" in ast.unparse(bind) for bind in binds
+    )
+
+
+def _parameter_names(scope: Scope) -> set[str]:
+    node = scope.node
+    if isinstance(node, ast.Module | ast.ClassDef):
+        return set()
+    return {argument.arg for argument, _ in parameters(node)}
+
+
+def nested_use(scope: Scope, name: str) -> bool:
+    """Return whether a function inside of *scope* uses its local *name*."""
+    return any(
+        root == name
+        for child in scope.children
+        for inner in child.within()
+        for root in (path.partition(".")[0] for path in inner.uses)
+        if name not in inner.bindings
+    )
+
+
+def marks(model: Model, session: Owned) -> Marks:
+    """Return what each use does with the session."""
+    scope = session.scope
+    found = Marks(session.name)
+    for binding in scope.bindings[session.name]:
+        made = fresh_call(model, scope, binding)
+        if made is not None:
+            found.opened.add(id(made))
+    for use in scope.uses.get(session.name, ()):
+        _mark(model, scope, use, found)
+    return found
+
+
+def _mark(model: Model, scope: Scope, use: Use, found: Marks) -> None:
+    node = id(use.node)
+    match use.role:
+        case "method" if use.name in CLOSING:
+            found.closed.add(node)
+        case "method" if use.name in {"rollback", "commit"}:
+            found.idle.add(node)
+        case "method" if use.name not in _HARMLESS:
+            found.used.add(node)
+        case "return" | "yield" | "assign":
+            found.given.add(node)
+        case "attribute" if use.name in CLOSING:
+            found.given.add(node)
+        case "element" if not isinstance(use.owner, ast.Call):
+            found.given.add(node)
+        case "argument" | "element" if isinstance(use.owner, ast.Call):
+            _mark_argument(model, scope, use.owner, use.node, found)
+        case "call":
+            found.given.add(node)  # a registry that gives sessions in turn
+        case "loop":
+            found.used.add(node)
+        case _:
+            pass
+
+
+def _mark_argument(
+    model: Model, scope: Scope, call: ast.Call, node: ast.expr, found: Marks
+) -> None:
+    function = call.func
+    last = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+    if last in _KEEPERS or _kept(model, scope, call):
+        found.given.add(id(node))
+    elif _closes_argument(model, scope, call, node):
+        found.closed.add(id(call))
+    else:
+        found.used.add(id(call))
+
+
+def _closes_argument(model: Model, scope: Scope, call: ast.Call, node: ast.expr) -> bool:
+    target = model.called(call, scope)
+    if target is None or target.kind != "function":
+        return False
+    for name in _parameter_names(target):
+        if model.argument_for(call, target, name) is node:
+            return any(
+                (use.role == "method" and use.name in CLOSING) or use.role == "with"
+                for use in target.uses.get(name, ())
+            )
+    return False
+
+
+def _kept(model: Model, scope: Scope, call: ast.Call) -> bool:
+    """An object made with the session that itself leaves the function takes it along."""
+    for fact in scope.calls:
+        if fact.node is call:
+            if fact.role in {"return", "yield", "with"}:
+                return True
+            if fact.role == "assign" and isinstance(fact.owner, ast.Assign):
+                return _leaves(scope, fact.owner)
+            if fact.role in {"argument", "element"} and isinstance(fact.owner, ast.Call):
+                return fact.owner is not call and _kept(model, scope, fact.owner)
+            return fact.role == "element"
+    return False
+
+
+def _leaves(scope: Scope, node: ast.Assign) -> bool:
+    for target in node.targets:
+        if not isinstance(target, ast.Name):
+            return True
+        for use in scope.uses.get(target.id, ()):
+            if use.role in {"return", "yield", "assign", "with"}:
+                return True
+    return False
+
+
+def stored_in(scope: Scope) -> Scope | None:
+    """Return the class in whose instances the ``self.`` names of *scope* live."""
+    method = scope.method()
+    return method.owner_class if method is not None else None
+
+
+def own_name(scope: Scope) -> str:
+    """Return what the method around *scope* calls its object, with a dot."""
+    method = scope.method()
+    return f"{(receiver(method) if method is not None else None) or 'self'}."

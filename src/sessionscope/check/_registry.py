@@ -1,0 +1,51 @@
+"""All rules, in order."""
+
+from sessionscope.check._finding import Rule
+from sessionscope.check._rules import (
+    ses101,
+    ses102,
+    ses103,
+    ses104,
+    ses105,
+    ses106,
+    ses107,
+    ses108,
+    ses109,
+    ses201,
+    ses202,
+    ses203,
+    ses204,
+    ses205,
+    ses206,
+    ses301,
+    ses302,
+    ses303,
+    ses304,
+    ses401,
+    ses402,
+)
+
+_MODULES = (
+    ses101,
+    ses102,
+    ses103,
+    ses104,
+    ses105,
+    ses106,
+    ses107,
+    ses108,
+    ses109,
+    ses201,
+    ses202,
+    ses203,
+    ses204,
+    ses205,
+    ses206,
+    ses301,
+    ses302,
+    ses303,
+    ses304,
+    ses401,
+    ses402,
+)
+RULES: dict[str, Rule] = {module.RULE.code: module.RULE for module in _MODULES}

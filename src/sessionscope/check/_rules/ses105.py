@@ -1,0 +1,158 @@
+"""A session provider is driven by hand.
+
+## What it does
+
+Flags ``next(get_db())``, ``db = get_db()`` used as if it were a session, and
+``async for db in get_db()`` left with ``break`` or ``return``.
+
+## Why it bites in production
+
+The generator of ``next(get_db())`` is garbage at once: its ``finally`` closes the session before
+the first query. The session silently reopens, and then nobody closes it: connections pile up
+until "QueuePool limit of size 5 overflow 10 reached".
+
+## Example
+
+```python
+def send_report():
+    db = next(get_db())
+    rows = db.query(Sale).all()
+```
+
+## Use instead
+
+```python
+def send_report():
+    with contextmanager(get_db)() as db:
+        rows = db.query(Sale).all()
+```
+
+## When to ignore
+
+Where the generator is kept in a variable and closed in a ``finally``.
+"""
+
+import ast
+from collections.abc import Iterator
+
+from sessionscope.check._facts import SESSION_METHODS, CallFact, Scope, dotted
+from sessionscope.check._finding import Finding, Rule
+from sessionscope.check._model import Because, Model, contains
+from sessionscope.check._values import Value
+
+_OF_SESSIONS = SESSION_METHODS - {"close", "aclose"}
+_STEPS = frozenset({"__next__", "__anext__", "send", "asend"})
+
+
+def judge(model: Model) -> Iterator[Finding]:
+    """Find providers that are not run to their end."""
+    for scope in model.scopes:
+        for call in scope.calls:
+            yield from _stepped(model, scope, call)
+        yield from _used_as_session(model, scope)
+        yield from _left_loops(model, scope)
+
+
+def _provider(model: Model, node: ast.expr | None, scope: Scope) -> Value | None:
+    """Return the generator object that *node* stands for, if it gives sessions."""
+    found = model.value(node, scope)
+    if found is None or found.kind != "generator" or found.inner is None:
+        return None
+    return found if found.inner.kind in {"session", "registry"} else None
+
+
+def _stepped(model: Model, scope: Scope, call: CallFact) -> Iterator[Finding]:
+    node = call.node
+    function = node.func
+    if isinstance(function, ast.Name) and function.id in {"next", "anext"} and node.args:
+        generator = node.args[0]
+    elif isinstance(function, ast.Attribute) and function.attr in _STEPS:
+        generator = function.value
+    else:
+        return
+    found = _provider(model, generator, scope)
+    # A generator with a name lives as long as the name: it is not garbage at once.
+    if found is None or dotted(generator) is not None:
+        return
+    yield _finding(model, scope, node, generator, found)
+
+
+def _finding(
+    model: Model, scope: Scope, node: ast.expr, generator: ast.expr, found: Value
+) -> Finding:
+    name = ast.unparse(generator.func if isinstance(generator, ast.Call) else generator)
+    target = found.target if isinstance(found.target, Scope) else None
+    return model.finding(
+        RULE,
+        scope,
+        node,
+        f"`{ast.unparse(node)}` throws the generator away: it closes the session at once, the "
+        'session reopens by itself and is never closed again, until "QueuePool limit reached". '
+        f"Write `with contextmanager({name})() as session:`",
+        because=[Because(target, target.function, "the provider")] if target else (),
+    )
+
+
+def _used_as_session(model: Model, scope: Scope) -> Iterator[Finding]:
+    """``db = get_db()`` and then ``db.query()``."""
+    for path, uses in scope.uses.items():
+        for use in uses:
+            if use.role != "method" or use.name not in _OF_SESSIONS:
+                continue
+            node = use.node
+            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+                continue
+            found = _provider(model, node.func.value, scope)
+            if found is not None:
+                target = found.target if isinstance(found.target, Scope) else None
+                yield model.finding(
+                    RULE,
+                    scope,
+                    node,
+                    f"`{path}` is the generator that the provider returns, not a session: "
+                    f"`.{use.name}()` raises AttributeError. Write "
+                    f"`with contextmanager(...)() as {path}:`",
+                    because=[Because(target, target.function, "the provider")] if target else (),
+                )
+                break
+
+
+def _left_loops(model: Model, scope: Scope) -> Iterator[Finding]:
+    loops = {
+        id(block.node): block.node
+        for uses in scope.uses.values()
+        for use in uses
+        for block in use.block.chain()
+        if block.kind == "loop" and isinstance(block.node, ast.AsyncFor | ast.For)
+    }
+    for loop in loops.values():
+        found = _provider(model, loop.iter, scope)
+        if found is None or not isinstance(loop.iter, ast.Call) or not _is_left(loop):
+            continue
+        target = found.target if isinstance(found.target, Scope) else None
+        yield model.finding(
+            RULE,
+            scope,
+            loop.iter,
+            f"The loop over `{ast.unparse(loop.iter)}` is left before its end: the provider's "
+            "clean-up runs when the garbage collector comes by, and until then the connection is "
+            "missing from the pool. Write "
+            f"`async with asynccontextmanager({ast.unparse(loop.iter.func)})() as session:`",
+            because=[Because(target, target.function, "the provider")] if target else (),
+            confidence="medium",
+        )
+
+
+def _is_left(loop: ast.AsyncFor | ast.For) -> bool:
+    def leaves(node: ast.AST, inner: bool) -> bool:
+        if isinstance(node, ast.Return) or (isinstance(node, ast.Break) and not inner):
+            return True
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda | ast.ClassDef):
+            return False
+        inner = inner or isinstance(node, ast.For | ast.AsyncFor | ast.While)
+        return any(leaves(child, inner) for child in ast.iter_child_nodes(node))
+
+    return any(leaves(node, inner=False) for node in loop.body) and contains(loop, loop.body[0])
+
+
+RULE = Rule("SES105", "provider-driven-by-hand", "on", judge)

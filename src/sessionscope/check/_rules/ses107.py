@@ -1,0 +1,148 @@
+"""A function closes the session that it received.
+
+## What it does
+
+Flags ``close()``, and ``with session:``, on a session that came in by parameter, by dependency or
+through the constructor. Whoever made the session closes it.
+
+## Why it bites in production
+
+The caller goes on with a closed session: its objects raise DetachedInstanceError, its pending
+changes are rolled back, and its next statement silently opens a new transaction that nobody
+closes, "idle in transaction" on the server.
+
+## Example
+
+```python
+def create_user(session: Session, name: str) -> User:
+    user = User(name=name)
+    session.add(user)
+    session.commit()
+    session.close()
+    return user
+```
+
+## Use instead
+
+```python
+def create_user(session: Session, name: str) -> User:
+    user = User(name=name)
+    session.add(user)
+    session.flush()
+    return user
+```
+
+## When to ignore
+
+In a function whose documented purpose is to end the unit of work.
+"""
+
+import ast
+import re
+from collections.abc import Iterator
+
+from sessionscope.check._facts import Block, Scope, Use, decorator_names, position
+from sessionscope.check._finding import Confidence, Finding, Rule
+from sessionscope.check._model import Because, Model, dotted_root
+from sessionscope.check._ownership import own_name, stored_in
+
+# Functions whose very purpose is to end what they are given.
+_ENDS = re.compile(
+    r"clos|releas|dispos|clean|tear_?down|shut_?down|finish|finali[sz]e|remove|exit|__del__|stop|end$"
+    r"|disconnect|terminate|reset|rollback|commit"
+)
+
+
+def judge(model: Model) -> Iterator[Finding]:
+    """Find receivers that end what is not theirs."""
+    for scope in model.functions:
+        if scope.function is None or any(_ENDS.search(s.name) for s in scope.around()):
+            continue
+        if "listens_for" in decorator_names(scope):
+            continue
+        told = set[str]()
+        for path, uses in scope.uses.items():
+            for use in uses:
+                if path not in told and _closes(use) and _received(model, scope, path, use):
+                    told.add(path)
+                    yield _finding(model, scope, path, use)
+
+
+def _closes(use: Use) -> bool:
+    return (use.role == "method" and use.name in {"close", "aclose"}) or use.role == "with"
+
+
+def _received(model: Model, scope: Scope, path: str, use: Use) -> bool:
+    if _guarded(use.block) or _released_early(scope, path, use):
+        return False
+    node = use.node
+    if use.role == "method" and isinstance(node, ast.Call):
+        node = node.func.value if isinstance(node.func, ast.Attribute) else node
+    value = model.session(node, scope)
+    if value is None or value.kind != "session" or value.scoped or value.fresh:
+        return False
+    root = dotted_root(path)
+    if "." not in path:
+        bindings = scope.bindings.get(path, [])
+        return len(bindings) == 1 and bindings[0].kind == "parameter" and value.received
+    return (
+        value.received
+        and root + "." == own_name(scope)
+        and path.count(".") == 1
+        and stored_in(scope) is not None
+        and path not in scope.bindings
+        and not _is_scope(stored_in(scope))
+    )
+
+
+def _released_early(scope: Scope, path: str, use: Use) -> bool:
+    """An endpoint that gives its connection back before it goes on with slower work."""
+    function = scope.function
+    bindings = scope.bindings.get(path, [])
+    if function is None or use.role != "method" or use.block.kind != "body" or not bindings:
+        return False
+    if any(position(other.node) > position(use.node) for other in scope.uses[path]):
+        return False
+    rest = [node for node in function.body if position(node) > position(use.node)]
+    return any(
+        isinstance(inner, ast.Await | ast.With | ast.AsyncWith | ast.For | ast.Try)
+        for node in rest
+        for inner in ast.walk(node)
+    )
+
+
+def _is_scope(owner: Scope | None) -> bool:
+    """A unit of work that is a context manager ends its session in one of its methods."""
+    return owner is not None and bool({"__exit__", "__aexit__"} & set(owner.bindings))
+
+
+def _guarded(block: Block) -> bool:
+    """``if own_session:`` says that it is closed only where it was made."""
+    return any(b.kind in {"if", "orelse"} for b in block.chain())
+
+
+def _finding(model: Model, scope: Scope, path: str, use: Use) -> Finding:
+    node = use.node
+    confidence: Confidence = "high" if use.role == "method" else "medium"
+    bindings = scope.bindings.get(path, [])
+    argument = bindings[0].value if bindings else None
+    return model.finding(
+        RULE,
+        scope,
+        node,
+        f"`{path}` was received and is closed here: its owner goes on with a closed session "
+        "(DetachedInstanceError), whose next statement opens a transaction that nobody ends. "
+        "Leave closing to whoever made it",
+        confidence=confidence,
+        because=[
+            Because(
+                scope,
+                argument if isinstance(argument, ast.expr) else scope.function,
+                f"`{path}` comes in here",
+            ),
+        ],
+        fix=use.role == "method",
+    )
+
+
+RULE = Rule("SES107", "receiver-closes-session", "on", judge, fix="unsafe")

@@ -1,0 +1,135 @@
+"""A dependency commits after its ``yield``, when the response is already sent.
+
+## What it does
+
+Flags a FastAPI dependency whose commit stands after the ``yield`` (or is the end of a ``begin()``
+block around it), where FastAPI's version and the dependency's scope put that after the response:
+below 0.106, and from 0.118 unless ``scope="function"``.
+
+## Why it bites in production
+
+The client has its "200 OK" before the COMMIT. When the commit fails nobody is told: the row is
+missing, the answer was a success. And a client that reads at once what it has written does not
+find it.
+
+## Example
+
+```python
+def get_db():
+    with SessionLocal() as db:
+        yield db
+        db.commit()
+```
+
+## Use instead
+
+```python
+@app.post("/users")
+def create_user(db: Annotated[Session, Depends(get_db, scope="function")]): ...
+```
+
+## When to ignore
+
+Where no client relies on what the answer says.
+"""
+
+import ast
+from collections.abc import Iterator
+
+from sessionscope.check._facts import Scope, decorator_names, position
+from sessionscope.check._finding import Finding, Rule
+from sessionscope.check._model import Because, Model
+from sessionscope.check._values import Value
+
+
+def judge(model: Model) -> Iterator[Finding]:
+    """Find commits that come too late for the client."""
+    if model.version is not None and (0, 106) <= model.version < (0, 118):
+        return
+    for scope in model.functions:
+        if not scope.is_generator or decorator_names(scope) & {
+            "contextmanager",
+            "asynccontextmanager",
+            "fixture",
+        }:
+            continue
+        uses = [
+            (where, call)
+            for where, call in model.dependencies.get(id(scope), ())
+            if not _function_scoped(call)
+        ]
+        if not uses or _is_not_fastapi(model, *uses[0]):
+            continue
+        commit = _late_commit(model, scope)
+        if commit is not None:
+            yield _finding(model, scope, commit, uses)
+
+
+def _function_scoped(call: ast.Call) -> bool:
+    return any(
+        k.arg == "scope" and isinstance(k.value, ast.Constant) and k.value.value == "function"
+        for k in call.keywords
+    )
+
+
+def _is_not_fastapi(model: Model, scope: Scope, call: ast.Call) -> bool:
+    return not model.external(call.func, scope).startswith("fastapi")
+
+
+def _late_commit(model: Model, scope: Scope) -> ast.expr | None:
+    """Return the commit that happens when the generator goes on after its ``yield``."""
+    first = next((o for o in scope.yields if model.session(o.value, scope) is not None), None)
+    if first is None:
+        return None
+    for _, use, _ in model.session_uses(scope):
+        late = use.name == "commit" and position(use.node) > position(first.node)
+        if late and not any(b.kind == "except" for b in use.block.chain()):
+            return use.node
+    for block in first.block.chain():
+        if isinstance(block.node, ast.With | ast.AsyncWith):
+            for item in block.node.items:
+                if _commits(model, scope, item.context_expr):
+                    return item.context_expr
+    return None
+
+
+def _commits(model: Model, scope: Scope, node: ast.expr) -> bool:
+    """Return whether leaving the block over *node* commits."""
+    found = model.value(node, scope)
+    if found is None or found.kind != "manager":
+        return False
+    if found.name == "begin":
+        return "nested" not in ast.unparse(node)
+    return isinstance(found.target, Scope) and _commits_itself(model, found.target, found)
+
+
+def _commits_itself(model: Model, function: Scope, found: Value) -> bool:
+    return function.is_generator and _late_commit(model, function) is not None
+
+
+def _finding(
+    model: Model, scope: Scope, commit: ast.expr, uses: list[tuple[Scope, ast.Call]]
+) -> Finding:
+    sent = scope.yields[0].node
+    return model.finding(
+        RULE,
+        scope,
+        commit,
+        f"`{scope.name}` commits after the `yield`, when the response is already sent: a COMMIT "
+        "that fails was answered with 200, and the next request may not find the row. Write "
+        f'`Depends({scope.name}, scope="function")` (FastAPI 0.121), or commit before returning',
+        because=[
+            Because(
+                scope,
+                sent if isinstance(sent, ast.expr) else None,
+                "the response is sent while the generator waits here",
+            ),
+            *(
+                Because(where, call, 'a dependency without scope="function"')
+                for where, call in uses
+            ),
+        ],
+    )
+
+
+RULE = Rule("SES206", "commit-after-yield", "on", judge, fix="unsafe")

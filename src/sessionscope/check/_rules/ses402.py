@@ -1,0 +1,237 @@
+"""A database error is swallowed, and the session is used again.
+
+## What it does
+
+Flags an ``except`` around ``flush()``, ``commit()`` or ``execute()`` that neither rolls back, nor
+raises, nor leaves, with the session used afterwards; unless a savepoint stands around it.
+
+## Why it bites in production
+
+After a failed flush every further use raises PendingRollbackError. After a failed statement
+PostgreSQL answers each next one with "current transaction is aborted", and a COMMIT with ROLLBACK:
+it returns as if all was well, and nothing was written.
+
+## Example
+
+```python
+for row in rows:
+    try:
+        session.add(User(**row))
+        session.commit()
+    except IntegrityError:
+        log.warning("already there")
+```
+
+## Use instead
+
+```python
+    except IntegrityError:
+        session.rollback()
+        log.warning("already there")
+```
+
+## When to ignore
+
+Where the error cannot come from the database.
+"""
+
+import ast
+from collections.abc import Iterator
+
+from sessionscope.check._facts import Block, Scope, Use, position, words
+from sessionscope.check._finding import Confidence, Finding, Rule
+from sessionscope.check._model import Because, Model, contains
+
+_FAILS = frozenset(
+    {
+        "flush",
+        "commit",
+        "execute",
+        "scalar",
+        "scalars",
+        "exec",
+        "merge",
+        "refresh",
+        "bulk_save_objects",
+        "bulk_insert_mappings",
+    }
+)
+_WRITES = frozenset({"flush", "commit", "merge", "bulk_save_objects", "bulk_insert_mappings"})
+_BROAD = frozenset({"Exception", "BaseException"})
+_ERRORS = words(
+    "SQLAlchemyError DBAPIError IntegrityError OperationalError ProgrammingError DataError "
+    "DatabaseError InternalError InterfaceError StatementError UniqueViolation"
+)
+_ENDS = frozenset({"rollback", "close", "aclose", "remove", "invalidate", "reset"})
+
+
+def judge(model: Model) -> Iterator[Finding]:
+    """Find transactions that go on after an error."""
+    for scope in model.functions:
+        if not scope.tries:
+            continue
+        uses = model.session_uses(scope)
+        if uses:
+            for node, block in scope.tries:
+                yield from _judge_try(model, scope, node, block, [(p, u) for p, u, _ in uses])
+
+
+def _judge_try(
+    model: Model, scope: Scope, node: ast.Try, block: Block, uses: list[tuple[str, Use]]
+) -> Iterator[Finding]:
+    tried = [
+        (path, use)
+        for path, use in uses
+        if use.name in _FAILS
+        and _directly_in(use.block, node)
+        and not _in_savepoint(use.block, node)
+    ]
+    if not tried:
+        return
+    path, failing = next(((p, u) for p, u in tried if u.name in _WRITES), tried[0])
+    for handler in node.handlers:
+        caught = _caught(handler)
+        if (
+            caught is None
+            or _acts(handler, path)
+            or (caught in _BROAD and failing.name not in _WRITES and len(node.body) > 3)
+        ):
+            continue
+        after = _used_after(scope, node, block, handler, path, uses)
+        if after is not None:
+            yield _finding(model, scope, handler, path, failing, after, caught)
+            return
+
+
+def _directly_in(block: Block, node: ast.Try) -> bool:
+    """Return whether an error in *block* reaches the handlers of *node*."""
+    for around in block.chain():
+        if around.kind == "try":
+            return around.node is node
+        if around.kind in {"except", "else", "finally"}:
+            return False
+    return False
+
+
+def _in_savepoint(block: Block, node: ast.Try) -> bool:
+    """A block inside the ``try`` that ends its own transaction or savepoint."""
+    for around in block.chain():
+        if around.node is node:
+            return False
+        if isinstance(around.node, ast.With | ast.AsyncWith) and around.kind == "with":
+            return True
+    return False
+
+
+def _caught(handler: ast.ExceptHandler) -> str | None:
+    """Return the database error that *handler* catches."""
+    if handler.type is None:
+        return "Exception"
+    types = handler.type.elts if isinstance(handler.type, ast.Tuple) else [handler.type]
+    names = [t.attr if isinstance(t, ast.Attribute) else getattr(t, "id", "") for t in types]
+    return next((n for n in names if n in _ERRORS), None) or next(
+        (n for n in names if n in _BROAD), None
+    )
+
+
+def _acts(handler: ast.ExceptHandler, path: str) -> bool:
+    """Return whether the handler ends the transaction, raises, or leaves the function."""
+    for node in ast.walk(handler):
+        if isinstance(node, ast.Raise):
+            return True
+        if isinstance(node, ast.Attribute) and node.attr in {"is_active", "in_transaction"}:
+            return True
+        if isinstance(node, ast.Call):
+            function = node.func
+            last = (
+                function.attr
+                if isinstance(function, ast.Attribute)
+                else getattr(function, "id", "")
+            )
+            if last in _ENDS or last in {"exit", "_exit", "abort", "fail", "skip"}:
+                return True
+            if "rollback" in last or "reset" in last or "close" in last or "raise" in last:
+                return True
+            if any(ast.unparse(a) == path for a in node.args):
+                return True  # handed to someone who may well roll it back
+    return False
+
+
+def _used_after(
+    scope: Scope,
+    node: ast.Try,
+    block: Block,
+    handler: ast.ExceptHandler,
+    path: str,
+    uses: list[tuple[str, Use]],
+) -> Use | None:
+    """Return the next use of the session on a way out of the handler."""
+    mine = [use for other, use in uses if other == path]
+    inside = next((u for u in mine if contains(handler, u.node)), None)
+    if inside is not None:
+        return None if inside.name in _ENDS else inside
+    last = handler.body[-1]
+    if isinstance(last, ast.Return):
+        return None
+    end = (node.end_lineno or 0, node.end_col_offset or 0)
+    loop = next((b for b in block.chain() if b.kind == "loop"), None)
+    if isinstance(last, ast.Break) and loop is not None and loop.parent is not None:
+        end = (getattr(loop.node, "end_lineno", 0), getattr(loop.node, "end_col_offset", 0))
+        block = loop.parent
+    if not isinstance(last, ast.Continue):
+        for use in mine:
+            if position(use.node) > end and _shares(block, use.block):
+                return None if use.name in _ENDS else use
+    if loop is not None and not isinstance(last, ast.Break):
+        if _bound_in(scope, path, loop):
+            return None
+        return next((u for u in mine if loop in u.block.chain()), None)
+    return None
+
+
+def _shares(block: Block, other: Block) -> bool:
+    """Return whether control that leaves *block* at its end may come to *other*."""
+    if block in other.chain():
+        return True
+    around = list(other.chain())
+    for inner in block.chain():
+        if inner in around:
+            return True
+        if inner.kind == "with":
+            return False  # the block may have ended the session
+    return False
+
+
+def _bound_in(scope: Scope, path: str, loop: Block) -> bool:
+    """A session that each turn of the loop makes anew forgets the error."""
+    return any(loop in binding.block.chain() for binding in scope.bindings.get(path, ()))
+
+
+def _finding(
+    model: Model,
+    scope: Scope,
+    handler: ast.ExceptHandler,
+    path: str,
+    failing: Use,
+    after: Use,
+    caught: str,
+) -> Finding:
+    awaited = any(call.node is failing.node and call.role == "await" for call in scope.calls)
+    confidence: Confidence = "high" if caught in _ERRORS or failing.name in _WRITES else "medium"
+    return model.finding(
+        RULE,
+        scope,
+        failing.node,
+        f"An error of `{path}.{failing.name}()` is swallowed in line {handler.lineno} without a "
+        f"rollback, and `{path}` is used again in line {after.node.lineno}: PendingRollbackError, "
+        "or a COMMIT that PostgreSQL answers with ROLLBACK. Roll back first, or use begin_nested()",
+        confidence=confidence,
+        because=[
+            Because(scope, failing.node, "may fail here" + (", awaited" if awaited else "")),
+            Because(scope, handler.body[0], "the error ends here"),
+            Because(scope, after.node, "and the session is used again here"),
+        ],
+    )
+
+
+RULE = Rule("SES402", "swallowed-db-error", "on", judge, fix="unsafe")

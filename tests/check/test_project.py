@@ -1,0 +1,219 @@
+"""What one file alone does not tell: imports, aliases, callers, versions."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from sessionscope.check import Config, Finding, check_paths
+
+Tree = Callable[..., list[Finding]]
+
+DATABASE = """
+from sqlalchemy import create_engine
+from sqlalchemy.orm import sessionmaker
+
+engine = create_engine("postgresql+psycopg://localhost/shop")
+SessionLocal = sessionmaker(engine)
+
+def get_db():
+    with SessionLocal() as db:
+        yield db
+"""
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Tree:
+    """Write files (``a__b`` is ``a/b.py``), check their folder, return the findings."""
+
+    def check(*, only: str = "", **files: str) -> list[Finding]:
+        for name, source in files.items():
+            path = tmp_path / f"{name.replace('___', '/').replace('INIT', '__init__')}.py"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(source)
+        return check_paths([tmp_path], Config(select=(only,) if only else ()))
+
+    return check
+
+
+ASYNC_USE = """
+async def read():
+    with {name}() as session:
+        return session.execute("SELECT 1")
+"""
+
+
+@pytest.mark.parametrize(
+    ("files", "line"),
+    [
+        ({"app___database": DATABASE}, "from app.database import SessionLocal"),
+        ({"app___database": DATABASE}, "from .database import SessionLocal"),
+        ({"app___database": DATABASE, "app___INIT": ""}, "from app.database import SessionLocal"),
+        (
+            {
+                "app___db___session": DATABASE,
+                "app___db___INIT": "from .session import SessionLocal",
+            },
+            "from app.db import SessionLocal",
+        ),
+        (
+            {"app___db___session": DATABASE, "app___db___INIT": "from app.db.session import *"},
+            "from .db import SessionLocal",
+        ),
+        ({"app___database": DATABASE}, "from app.database import SessionLocal as Local"),
+        ({"app___database": DATABASE}, "from app import database"),
+        ({"app___database": DATABASE}, "import app.database"),
+        ({"app___database": DATABASE}, "from . import database as base"),
+    ],
+)
+def test_a_factory_is_known_wherever_it_is_imported(
+    tree: Tree, files: dict[str, str], line: str
+) -> None:
+    name = {
+        "from app import database": "database.SessionLocal",
+        "import app.database": "app.database.SessionLocal",
+        "from . import database as base": "base.SessionLocal",
+        "from app.database import SessionLocal as Local": "Local",
+    }.get(line, "SessionLocal")
+    findings = tree(**files, app___views=line + ASYNC_USE.format(name=name))
+    assert [(f.code, Path(f.path).name) for f in findings] == [("SES205", "views.py")]
+
+
+def test_a_file_called_as_a_library_is_not_that_library(tree: Tree) -> None:
+    """A project's own ``celery.py`` beside ``from celery import Celery`` is common."""
+    findings = tree(
+        app___celery="from celery import Celery\napp = Celery('shop')\n",
+        app___tasks="from sqlalchemy import create_engine\n"
+        "from celery import shared_task\n"
+        "@shared_task\ndef work():\n    engine = create_engine('sqlite:///shop.db')\n",
+        only="SES101",
+    )
+    assert [f.code for f in findings] == ["SES101"]
+
+
+def test_an_annotation_is_followed_through_an_alias_of_another_file(tree: Tree) -> None:
+    findings = tree(
+        app___database=DATABASE,
+        app___deps="from typing import Annotated\nfrom fastapi import Depends\n"
+        "from sqlalchemy.orm import Session\nfrom .database import get_db\n"
+        "SessionDep = Annotated[Session, Depends(get_db)]\n",
+        app___views="from .deps import SessionDep\n"
+        "async def read(db: SessionDep):\n    return db.get(1, 1)\n",
+    )
+    assert [f.code for f in findings] == ["SES205"]
+
+
+def test_an_untyped_parameter_is_what_its_callers_pass(tree: Tree) -> None:
+    """The name alone is no evidence; the call is."""
+    source = "async def load(db):\n    return db.execute('SELECT 1')\n"
+    assert tree(app___crud=source) == []
+    findings = tree(
+        app___crud=source,
+        app___database=DATABASE,
+        app___main="from .crud import load\nfrom .database import SessionLocal\n"
+        "async def main():\n    with SessionLocal() as session:\n        await load(session)\n",
+    )
+    assert [(f.code, Path(f.path).name) for f in findings] == [("SES205", "crud.py")]
+
+
+def test_a_session_kept_by_a_class_is_known_in_its_subclasses(tree: Tree) -> None:
+    findings = tree(
+        app___base="from sqlalchemy.orm import Session\n"
+        "class Base:\n    def __init__(self, session: Session):\n        self.session = session\n",
+        app___users="from .base import Base\n"
+        "class Users(Base):\n    async def all(self):\n        return self.session.query(1)\n",
+    )
+    assert [(f.code, Path(f.path).name) for f in findings] == [("SES205", "users.py")]
+
+
+def test_a_factory_set_by_a_function_through_global_is_known(tree: Tree) -> None:
+    findings = tree(
+        app___database="from sqlalchemy import create_engine\n"
+        "from sqlalchemy.orm import sessionmaker\nSession = None\n"
+        "def init(url):\n    global Session\n    Session = sessionmaker(create_engine(url))\n",
+        app___views="from . import database\n"
+        "def read():\n    session = database.Session()\n    return session.execute('SELECT 1')\n",
+    )
+    assert [f.code for f in findings] == ["SES102"]
+
+
+def test_circular_imports_end(tree: Tree) -> None:
+    assert tree(a="from b import x", b="from a import x", c="from a import x\nx.session()\n") == []
+
+
+def test_tests_and_migrations_are_left_alone(tree: Tree) -> None:
+    leak = DATABASE + "\ndef leak():\n    db = SessionLocal()\n    db.execute('SELECT 1')\n"
+    assert tree(tests___helpers=leak, test_it=leak, alembic___versions___one=leak) == []
+    assert [f.code for f in tree(app=leak)] == ["SES102"]
+
+
+def test_a_script_owns_what_ends_with_it(tree: Tree) -> None:
+    script = (
+        DATABASE + "session = SessionLocal()\n\ndef main():\n    db = SessionLocal()\n"
+        "    db.execute('SELECT 1')\n\nif __name__ == '__main__':\n    main()\n"
+    )
+    assert tree(script=script) == []
+    assert {f.code for f in tree(app="import script\n")} == {"SES102", "SES201"}
+
+
+COMMITS_LATE = DATABASE.replace("yield db", "yield db\n        db.commit()") + (
+    "from fastapi import Depends, FastAPI\napp = FastAPI()\n"
+    "@app.get('/')\ndef read(db=Depends(get_db)): ...\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("requirements", "codes"),
+    [
+        ("fastapi==0.105.0\n", ["SES206"]),
+        ("fastapi==0.110.1\n", []),
+        ("fastapi[all]==0.117.0\n", []),
+        ("fastapi~=0.118.0\n", ["SES206"]),
+        ("fastapi<0.118\n", []),
+        ("uvicorn==1.0\nfastapi==0.121.0\n", ["SES206"]),
+    ],
+)
+def test_the_version_of_fastapi_decides_when_a_commit_is_late(
+    tree: Tree, tmp_path: Path, requirements: str, codes: list[str]
+) -> None:
+    (tmp_path / "requirements.txt").write_text(requirements)
+    assert [f.code for f in tree(app=COMMITS_LATE, only="SES206")] == codes
+
+
+def test_a_lock_file_comes_before_requirements(tree: Tree, tmp_path: Path) -> None:
+    (tmp_path / "requirements.txt").write_text("fastapi==0.121.0\n")
+    (tmp_path / "uv.lock").write_text('[[package]]\nname = "fastapi"\nversion = "0.110.0"\n')
+    assert tree(app=COMMITS_LATE, only="SES206") == []
+
+
+def test_the_same_url_in_two_files_is_two_pools(tree: Tree) -> None:
+    url = "from app.settings import settings\nfrom sqlalchemy import create_engine\n"
+    findings = tree(
+        app___settings="settings = object()\n",
+        app___database=url + "engine = create_engine(settings.url)\n",
+        app___reports=url + "engine = create_engine(settings.url)\n",
+        app___main="from . import database, reports\n",
+    )
+    assert [(f.code, Path(f.path).name) for f in findings] == [("SES301", "reports.py")]
+    assert [Path(step.path).name for step in findings[0].evidence] == ["database.py", "reports.py"]
+
+
+def test_configured_factories_and_providers_are_believed(tmp_path: Path) -> None:
+    (tmp_path / "app.py").write_text(
+        "from company import new_session, session_provider\n"
+        "def leak():\n    db = new_session()\n    db.execute('SELECT 1')\n"
+        "def by_hand():\n    db = next(session_provider())\n    db.execute('SELECT 1')\n"
+    )
+    assert check_paths([tmp_path]) == []
+    config = Config(factories=("company.new_session",), providers=("company.session_provider",))
+    assert [f.code for f in check_paths([tmp_path], config)] == ["SES102", "SES105"]
+
+
+def test_a_configured_call_is_waited_for(tmp_path: Path) -> None:
+    (tmp_path / "app.py").write_text(
+        "from company import ask\nfrom sqlalchemy.orm import Session\n"
+        "def work(db: Session):\n    db.execute('SELECT 1')\n    ask()\n    db.commit()\n"
+    )
+    assert check_paths([tmp_path]) == []
+    config = Config(blocking_calls=("company.ask",))
+    assert [f.code for f in check_paths([tmp_path], config)] == ["SES401"]
