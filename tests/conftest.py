@@ -1,16 +1,18 @@
 """Fixtures of all tests: real databases, fresh for each test."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
 import pytest
-from sqlalchemy import URL, create_engine, make_url, text
+from sqlalchemy import URL, Engine, create_engine, make_url, text
 from sqlalchemy.exc import OperationalError
 
-from sessionscope import Database
+from sessionscope import AsyncDatabase, Database
 from sessionscope.testing import PostgresServer
+from tests import async_drivers
 from tests.models import create_tables
 
 
@@ -133,3 +135,51 @@ def sqlite(sqlite_url: str) -> Iterator[Database]:
     """An SQLite Database in a file, with the tests' tables."""
     with Database(sqlite_url) as database:
         yield create_tables(database)
+
+
+@pytest.fixture(scope="session")
+def reused_postgres(postgres_server: PostgresServer) -> Iterator[Engine]:
+    """One PostgreSQL database for many tests: to make one takes longer than most of them."""
+    engine = create_engine(postgres_server.create_database(), isolation_level="AUTOCOMMIT")
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def emptied_postgres_url(reused_postgres: Engine) -> str:
+    """A PostgreSQL database that is as good as new; what was left connected is cut."""
+    with reused_postgres.connect() as connection:
+        connection.execute(
+            text(
+                "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity "
+                "WHERE datname = current_database() AND pid <> pg_backend_pid()"
+            )
+        )
+        connection.execute(text("DROP SCHEMA public CASCADE"))
+        connection.execute(text("CREATE SCHEMA public"))
+    # No connection of its own is in the way of tests that count.
+    reused_postgres.dispose()
+    return reused_postgres.url.render_as_string(hide_password=False)
+
+
+@pytest.fixture(params=async_drivers.ASYNC_DRIVERS)
+def async_url(request: pytest.FixtureRequest) -> str:
+    """An empty database through each asynchronous driver in turn."""
+    driver = request.param.partition("-")[0]
+    if find_spec(driver) is None:
+        missing(f"The driver {driver} is not installed")
+    if request.param == "aiosqlite-memory":
+        return "sqlite+aiosqlite://"
+    emptied = "emptied_postgres_url"
+    fixture = {"psycopg": emptied, "asyncpg": emptied, "aiosqlite": "sqlite_url"}
+    url = make_url(request.getfixturevalue(fixture.get(driver, "mysql_url")))
+    other = url.set(drivername=f"{url.get_backend_name()}+{driver}")
+    return other.render_as_string(hide_password=False)
+
+
+@pytest.fixture
+async def async_database(async_url: str) -> AsyncIterator[AsyncDatabase]:
+    """An AsyncDatabase through each driver in turn, with the tests' tables."""
+    async with AsyncDatabase(async_url) as database:
+        await async_drivers.create_tables(database)
+        yield database

@@ -8,6 +8,7 @@ bound until the server has closed its end.
 
 import asyncio
 import socket
+import sys
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from typing import Any
@@ -22,6 +23,8 @@ from sessionscope._signal import call_soon
 
 # Seconds after which a server that does not answer is no longer waited for.
 _PATIENCE = 10.0
+# Seconds up to which a task that is being cancelled waits until its statement has ended.
+_INTERRUPTING = 1.0
 
 
 class AsyncBackends(Backends):
@@ -61,7 +64,9 @@ class AsyncBackends(Backends):
     ) -> None:
         """Close a connection in a task of its own, on its own event loop.
 
-        Waits a moment for that task if nothing need be cancelled, and the caller can wait.
+        Waits a moment for that task if nothing need be cancelled. A task that is being
+        cancelled waits, too, where that is possible: an event loop that is shut down waits
+        for such tasks, and for no others.
         """
         loop = self._loops.pop(id(connection), None)
         if loop is None:  # it was closed before
@@ -73,8 +78,8 @@ class AsyncBackends(Backends):
 
         if loop is asyncio._get_running_loop():
             burial = bury()
-            if cancel is None and in_greenlet():
-                await_only(asyncio.wait([burial], timeout=CLOSING_SECONDS))
+            if in_greenlet():
+                _wait(burial, is_busy=cancel is not None)
         elif not call_soon(loop, bury):
             _drop(driver_connection, close, kept)
             self.give_back()
@@ -127,6 +132,17 @@ class AsyncBackends(Backends):
             self.give_back()
 
 
+def _wait(burial: "asyncio.Task[None]", *, is_busy: bool) -> None:
+    cancelled = isinstance(sys.exception(), asyncio.CancelledError)
+    if is_busy and not cancelled:
+        return
+    try:
+        await_only(asyncio.wait([burial], timeout=_INTERRUPTING if cancelled else CLOSING_SECONDS))
+    except asyncio.CancelledError:
+        if not cancelled:
+            raise
+
+
 async def _closed_by_server(kept: socket.socket) -> None:
     loop = asyncio.get_running_loop()
     with suppress(OSError):
@@ -143,7 +159,7 @@ def _drop(driver_connection: Any, close: Callable[[], None], kept: socket.socket
     with suppress(Exception):
         if libpq is not None:
             libpq.finish()
-        else:
+        elif kept is None or asyncio._get_running_loop() is not None:
             close()  # outside of a greenlet, drivers know not to wait
     if kept is not None:
         with suppress(OSError):

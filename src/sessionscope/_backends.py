@@ -153,8 +153,13 @@ def descriptor(driver_connection: Any) -> int | None:
 
 def _socket_of(driver_connection: Any) -> Any:
     """Return the socket that pymysql, asyncpg, aiomysql and asyncmy keep to themselves."""
-    if hasattr(driver_connection, "_sock"):
+    if getattr(driver_connection, "_sock", None) is not None:  # asyncmy has it, and leaves it empty
         return driver_connection._sock
-    writer = getattr(driver_connection, "_writer", None)
-    transport = getattr(driver_connection, "_transport", None) or getattr(writer, "transport", None)
+    transport = transport_of(driver_connection)
     return transport.get_extra_info("socket") if transport is not None else None
+
+
+def transport_of(driver_connection: Any) -> Any:
+    """Return the event loop's transport that asyncpg, aiomysql and asyncmy keep to themselves."""
+    writer = getattr(driver_connection, "_writer", None)
+    return getattr(driver_connection, "_transport", None) or getattr(writer, "transport", None)

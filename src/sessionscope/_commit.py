@@ -188,7 +188,9 @@ def _unwritable(context: ExceptionContext) -> BaseException | None:
     ):
         return None
     assert context.connection is not None
-    query_only = context.connection.connection.cursor().execute("PRAGMA query_only").fetchone()
+    cursor = context.connection.connection.cursor()
+    cursor.execute("PRAGMA query_only")  # aiosqlite's cursor is not what execute() returns
+    query_only = cursor.fetchone()
     if query_only and query_only[0]:  # it refuses because we told it to
         context.sqlalchemy_exception.add_note("The unit of work is read-only, not the file.")
         return None

@@ -4,7 +4,7 @@ import asyncio
 import sys
 from collections.abc import Callable, Coroutine, Generator
 from contextlib import contextmanager
-from inspect import isawaitable
+from inspect import isawaitable, iscoroutinefunction
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -14,6 +14,8 @@ from sqlalchemy.util.concurrency import in_greenlet
 
 # Seconds after which MySQL is asked again whether a connection has ended.
 _KILLING_SECONDS = 0.01
+# Seconds up to which SQLite counts as having nothing else to do.
+_AT_ONCE = 0.02
 
 _killing: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = WeakKeyDictionary()
 
@@ -24,14 +26,14 @@ def interrupt(pool: Pool, driver_connection: Any) -> None:
     Of an asynchronous driver's connection, in one of SQLAlchemy's greenlets. asyncpg
     does it by itself when the task that waits for the statement is cancelled.
     """
+    if iscoroutinefunction(getattr(driver_connection, "interrupt", None)):  # aiosqlite
+        await_only(_roll_back(driver_connection))
+        return
     for name in ("cancel_safe", "cancel", "interrupt"):  # psycopg, psycopg2, sqlite3
         if hasattr(driver_connection, name):
             cancelling = getattr(driver_connection, name)()
             if isawaitable(cancelling):
                 await_only(cancelling)
-            if name == "interrupt" and in_greenlet():
-                # SQLite keeps the locks of a closed connection while a stream of it is referred to.
-                await_only(driver_connection.rollback())
             return
     if hasattr(driver_connection, "thread_id"):  # MySQL's drivers
         _kill(pool, driver_connection.thread_id())
@@ -53,6 +55,19 @@ def leave_to_interrupt(driver_connection: Any) -> None:
         return result
 
     driver_connection.wait = wait
+
+
+async def _roll_back(driver_connection: Any) -> None:
+    """Roll aiosqlite's connection back, and interrupt only a statement that this must wait for.
+
+    SQLite keeps the locks of a closed connection while a stream of it is still referred to,
+    and an interrupt reaches all statements until that stream is closed.
+    """
+    rolling_back = asyncio.ensure_future(driver_connection.rollback())
+    _, waiting = await asyncio.wait([rolling_back], timeout=_AT_ONCE)
+    if waiting:
+        await driver_connection.interrupt()
+    await rolling_back
 
 
 def _kill(pool: Pool, thread_id: int) -> None:

@@ -11,7 +11,7 @@ from sqlalchemy import exc as sa_exc
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
-from sessionscope._backends import descriptor
+from sessionscope._backends import descriptor, transport_of
 from sessionscope._doom import SERVER_STATUS_IN_TRANS
 
 # A server, proxy or firewall may drop a connection without a word; one that was
@@ -83,6 +83,9 @@ def _poller(driver_connection: Any) -> Callable[[], object]:
         return lambda: select.select([socket], [], [], 0)[0]
     poll = select.poll()
     poll.register(socket, select.POLLIN)
+    if (transport := transport_of(driver_connection)) is not None:
+        # A loop closes the socket at its end, whose number may be another connection's by now.
+        return lambda: transport.is_closing() or poll.poll(0)
     return lambda: poll.poll(0)
 
 

@@ -39,6 +39,8 @@ _METHODS = (
 # Keys in a session's __dict__: who is inside a call of it, and what was last done with it, when.
 USER = "_sessionscope_user"
 _LAST = "_sessionscope_last"
+# And the event loop on which an asynchronous one was used first.
+_LOOP = "_sessionscope_loop"
 
 _User = int | asyncio.Task[Any]
 
@@ -48,7 +50,8 @@ def refuse_overlap(factory: sessionmaker[Any], *, is_async: bool) -> None:
     current_user = _current_task_or_thread if is_async else threading.get_ident
     for name in _METHODS:
         method = getattr(factory.class_, name)
-        setattr(factory.class_, name, _guarded(method, current_user))
+        guarded = _on_one_loop(method) if is_async else method
+        setattr(factory.class_, name, _guarded(guarded, current_user))
 
 
 def is_in_use(session: Session) -> bool:
@@ -76,6 +79,23 @@ def _guarded(method: Callable[..., Any], current_user: Callable[[], _User]) -> C
         finally:
             state[_LAST] = monotonic(), name, args
             del state[USER]
+
+    return call
+
+
+def _on_one_loop(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuse a session on another event loop than its first: its connection waits on that one."""
+
+    @functools.wraps(method)
+    def call(self: Session, *args: Any, **kwargs: Any) -> Any:
+        loop = asyncio._get_running_loop()
+        if self.__dict__.setdefault(_LOOP, loop) is not loop:
+            raise SessionShared(
+                f"{method.__name__}() was called{_at(here())} on another event loop than the one "
+                f"on which the session opened at {describe(opened_at(self))} was used first. Open "
+                "a unit of work where it is used: async with database.begin() as session: ..."
+            )
+        return method(self, *args, **kwargs)
 
     return call
 

@@ -35,7 +35,10 @@ def here() -> Place | None:
 def there(user: "int | asyncio.Task[Any]") -> Place | None:
     """Return where another thread, by its identity, or another task is now."""
     if isinstance(user, int):
-        return _outside(sys._current_frames().get(user))  # pyright: ignore[reportPrivateUsage]
+        frame = sys._current_frames().get(user)  # pyright: ignore[reportPrivateUsage]
+        while frame is not None and not _is_of_a_library(frame):  # the driver, and what it waits in
+            frame = frame.f_back
+        return _outside(frame)
     place = None
     step: Any = user.get_coro()
     while (frame := getattr(step, "cr_frame", None)) is not None and not _is_of_a_library(frame):

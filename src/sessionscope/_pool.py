@@ -4,7 +4,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from time import monotonic
+from time import monotonic, time
 from typing import TYPE_CHECKING, Any, Literal
 
 from sqlalchemy import exc as sa_exc
@@ -192,6 +192,8 @@ class MemoryPool(_CountedPool, pool.StaticPool):
         if not self._lock.acquire(blocking=False):
             self._take()
         try:
+            if self._kept is not None:
+                self._take_back(self._kept)
             return super()._do_get()
         except BaseException:
             self._release()
@@ -218,23 +220,23 @@ class MemoryPool(_CountedPool, pool.StaticPool):
         super()._do_return_conn(record)
         self._release()
 
-    def _open(self, record: ConnectionPoolEntry) -> DBAPIConnection:
-        kept = self._kept
-        if kept is None:
-            return super()._open(record)
-        interrupt(self, self._dialect.get_driver_connection(kept))
+    def _close_connection(self, connection: DBAPIConnection, *, terminate: bool = False) -> None:
+        if terminate and "connection" in self.__dict__:
+            self._kept = connection  # after an interrupt or a cancellation: it is the data
+        else:
+            super()._close_connection(connection)
+
+    def _take_back(self, kept: DBAPIConnection) -> None:
+        """Go on with the connection that was kept, as if it had come back in order."""
+        if self._dialect.is_async:
+            interrupt(self, self._dialect.get_driver_connection(kept))
         kept.rollback()
         cursor = kept.cursor()
         cursor.execute("PRAGMA query_only = 0")  # a reader may have been cut off
         cursor.close()
+        self.connection.dbapi_connection = kept
+        self.connection.starttime = time()
         self._kept = None  # not before: a cancellation meanwhile would take the data with it
-        return kept
-
-    def _close_connection(self, connection: DBAPIConnection, *, terminate: bool = False) -> None:
-        if terminate:  # after an interrupt or a cancellation: it is whole, and it is the data
-            self._kept = connection
-        else:
-            super()._close_connection(connection)
 
     def dispose(self) -> None:
         super().dispose()
