@@ -1,6 +1,7 @@
 """Connections of event loops: one that died, one whose socket is reused, one of another loop."""
 
 import asyncio
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -106,3 +107,43 @@ def test_a_session_on_another_event_loop_is_refused(async_url: str) -> None:
         session = first.run(open_and_use())
         second.run(use(session))
         first.run(end(session))
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("async_url", ["psycopg", "asyncpg", "asyncmy"], indirect=True)
+async def test_the_engine_inside_is_refused_outside_of_a_greenlet(
+    async_database: AsyncDatabase,
+) -> None:
+    """A common mistake, which must not cost the pool a place."""
+    before = async_database.stats()
+    for _ in range(20):
+        with pytest.raises(sa_exc.MissingGreenlet, match="run_sync"):
+            async_database.engine.sync_engine.pool.recreate().connect()
+    async with async_database.begin() as session:
+        assert await session.scalar(text("SELECT 1")) == 1
+    assert async_database.stats().limit == before.limit
+
+
+@pytest.mark.parametrize("async_url", ["psycopg", "asyncpg", "asyncmy"], indirect=True)
+def test_a_connection_of_a_loop_that_has_stopped_gives_its_place_back(async_url: str) -> None:
+    database = AsyncDatabase(async_url, pool_size=1, max_overflow=0)
+    with asyncio.Runner() as first, asyncio.Runner() as second:
+        for runner in (first, second, first):
+            runner.run(database.ping())
+        first.run(database.dispose())
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="eager tasks came with Python 3.12")
+@pytest.mark.parametrize("async_url", ["psycopg", "asyncpg", "aiosqlite-memory"], indirect=True)
+def test_eager_tasks_do_not_run_inside_of_a_greenlet(async_url: str) -> None:
+    database = AsyncDatabase(async_url)
+
+    async def use() -> None:
+        asyncio.get_running_loop().set_task_factory(asyncio.eager_task_factory)
+        for _ in range(3):
+            async with database.begin() as session:
+                assert await session.scalar(text("SELECT 1")) == 1
+        await database.dispose()
+
+    with asyncio.Runner() as runner:
+        runner.run(use())

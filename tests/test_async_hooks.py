@@ -231,3 +231,20 @@ def test_a_synchronous_session_refuses_an_async_hook(database: Database) -> None
         after_commit(session, fail)
 
     assert called == ["rolled back"]
+
+
+@on_one_of_each_kind
+async def test_a_hook_that_is_cancelled_turns_no_commit_into_a_failure(
+    async_database: AsyncDatabase,
+) -> None:
+    log = Log()
+
+    async def cancelled() -> None:
+        raise asyncio.CancelledError
+
+    async with async_database.begin() as session:
+        session.add(Item(name="stored"))
+        after_commit(session, cancelled)
+        after_commit(session, log.waiting, "next")
+    assert log.lines == ["next"]
+    assert await names(async_database) == ["stored"]

@@ -301,3 +301,9 @@ def test_annotations_of_an_entry_point_can_be_read_from_anywhere(database: Datab
         return item
 
     assert get_type_hints(database.with_session()(entry)) == {"item": Item, "return": Item}
+
+
+def test_run_refuses_a_generator_whose_work_would_come_too_late(database: Database) -> None:
+    with pytest.raises(ConfigurationError, match="return a list"):
+        database.run(a_generator)
+    assert database.stats().in_use == 0

@@ -67,7 +67,14 @@ def run(project: Path, code: str) -> str:
 
 
 def test_the_example_has_all_its_files() -> None:
-    assert set(BLOCKS) == {"database.py", "crud.py", "main.py", "anywhere.py", "test_main.py"}
+    assert set(BLOCKS) == {
+        "database.py",
+        "crud.py",
+        "main.py",
+        "anywhere.py",
+        "async_anywhere.py",
+        "test_main.py",
+    }
 
 
 @pytest.mark.parametrize("url", SHARED, indirect=True)
@@ -86,6 +93,11 @@ def test_the_web_application_of_the_readme_works(project: Path) -> None:
 @pytest.mark.parametrize("url", SHARED, indirect=True)
 def test_the_script_of_the_readme_works(project: Path) -> None:
     assert run(project, "import anywhere").splitlines() == ["stored pear", "1 items: pear"]
+
+
+@pytest.mark.parametrize("url", ["postgres"], indirect=True)
+def test_the_async_script_of_the_readme_works(project: Path) -> None:
+    assert run(project, "import async_anywhere") == "plum\n"
 
 
 @pytest.mark.parametrize("url", ["postgres"], indirect=True)

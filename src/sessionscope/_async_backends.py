@@ -14,6 +14,7 @@ from contextlib import suppress
 from typing import Any
 
 from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.exc import MissingGreenlet
 from sqlalchemy.util import await_only, greenlet_spawn
 from sqlalchemy.util.concurrency import in_greenlet
 
@@ -42,6 +43,11 @@ class AsyncBackends(Backends):
         timeout: float,
     ) -> DBAPIConnection:
         """Return a new connection; one whose task is cancelled is finished, then closed."""
+        if not in_greenlet():
+            raise MissingGreenlet(
+                "The engine of an AsyncDatabase was used outside of SQLAlchemy's greenlets: write "
+                "async with database.engine.connect() as connection: await connection.run_sync(...)"
+            )
         self.take(timeout)
         opening = self._start(greenlet_spawn(connect))
         try:
@@ -80,8 +86,10 @@ class AsyncBackends(Backends):
             burial = bury()
             if in_greenlet():
                 _wait(burial, is_busy=cancel is not None)
-        elif not call_soon(loop, bury):
-            _drop(driver_connection, close, kept)
+        elif not (loop.is_running() and call_soon(loop, bury)):
+            # Without their loop, all but aiosqlite's threads can only fail to close.
+            can_close = hasattr(driver_connection, "stop")
+            _drop(driver_connection, close if can_close else None, kept)
             self.give_back()
 
     async def settle(self) -> None:
@@ -91,7 +99,8 @@ class AsyncBackends(Backends):
             await asyncio.wait(closing)
 
     def _start(self, work: Coroutine[Any, Any, Any]) -> "asyncio.Task[Any]":
-        task = asyncio.get_running_loop().create_task(work)
+        # Not create_task(): an eager task would begin inside of the greenlet that asks for it.
+        task = asyncio.Task(work, loop=asyncio.get_running_loop())
         self._tasks.add(task)  # the event loop alone would not keep it alive
         task.add_done_callback(self._tasks.discard)
         return task
@@ -116,20 +125,32 @@ class AsyncBackends(Backends):
         kept: socket.socket | None,
     ) -> None:
         try:
-            async with asyncio.timeout(_PATIENCE):
-                if cancel is not None:
-                    with suppress(Exception):
-                        await greenlet_spawn(cancel)
-                await greenlet_spawn(close)
-            if kept is not None:
-                async with asyncio.timeout(_PATIENCE):
-                    await _closed_by_server(kept)
+            try:
+                await _end(close, cancel, kept, _PATIENCE)
+            except asyncio.CancelledError:  # the event loop is being shut down, and waits for this
+                await _end(close, cancel, kept, _INTERRUPTING)
         except (Exception, asyncio.CancelledError):
             _drop(driver_connection, close, kept)
         finally:
             if kept is not None:
                 kept.close()
             self.give_back()
+
+
+async def _end(
+    close: Callable[[], None],
+    cancel: Callable[[], None] | None,
+    kept: socket.socket | None,
+    patience: float,
+) -> None:
+    async with asyncio.timeout(patience):
+        if cancel is not None:
+            with suppress(Exception):
+                await greenlet_spawn(cancel)
+        await greenlet_spawn(close)
+    if kept is not None:
+        async with asyncio.timeout(patience):
+            await _closed_by_server(kept)
 
 
 def _wait(burial: "asyncio.Task[None]", *, is_busy: bool) -> None:
@@ -153,13 +174,17 @@ async def _closed_by_server(kept: socket.socket) -> None:
             pass
 
 
-def _drop(driver_connection: Any, close: Callable[[], None], kept: socket.socket | None) -> None:
+def _drop(
+    driver_connection: Any, close: Callable[[], None] | None, kept: socket.socket | None
+) -> None:
     """End a connection without waiting for anything, from any thread."""
     libpq = getattr(driver_connection, "pgconn", None)
     with suppress(Exception):
         if libpq is not None:
             libpq.finish()
-        elif kept is None or asyncio._get_running_loop() is not None:
+        elif hasattr(driver_connection, "terminate"):  # asyncpg
+            driver_connection.terminate()
+        elif close is not None:
             close()  # outside of a greenlet, drivers know not to wait
     if kept is not None:
         with suppress(OSError):

@@ -45,7 +45,7 @@ async def commit(
 
 def start(work: Coroutine[Any, Any, Any]) -> "asyncio.Task[Any]":
     """Start a task that lives until it is done."""
-    task = asyncio.get_running_loop().create_task(work)
+    task = asyncio.Task(work, loop=asyncio.get_running_loop())
     _tasks.add(task)  # the event loop alone would not keep it alive
     task.add_done_callback(_tasks.discard)
     return task

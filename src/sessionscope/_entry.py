@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Awaitable, Callable
-from types import CoroutineType, FunctionType
+from types import AsyncGeneratorType, CoroutineType, FunctionType, GeneratorType
 from typing import Any
 
 from sessionscope._places import Place
@@ -60,13 +60,18 @@ def is_async(fn: Callable[..., Any]) -> bool:
 
 
 def finished(result: Any, fn: Callable[..., Any], why: str) -> Any:
-    """Return *result*, unless it is a coroutine, which has not done its work yet."""
+    """Return *result*, unless it is a coroutine or a generator, which has not worked yet."""
     if isinstance(result, CoroutineType):
         result.close()
         raise ConfigurationError(
             f"{_name(fn)} returned a coroutine, and {why}: its work would be done after the unit "
             "of work, or nowhere. Pass an `async def` to an AsyncDatabase, and a `def` that does "
             "its work itself to a Database"
+        )
+    if isinstance(result, GeneratorType | AsyncGeneratorType):
+        raise ConfigurationError(
+            f"{_name(fn)} returned a generator, whose work would be done after the unit of work, "
+            "with an ended session: return a list"
         )
     return result
 

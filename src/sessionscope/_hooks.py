@@ -8,6 +8,7 @@ nothing for them.
 """
 
 import logging
+from asyncio import CancelledError
 from collections.abc import Callable
 from functools import partial
 from inspect import isawaitable, iscoroutinefunction
@@ -123,7 +124,7 @@ class _Hooks:
                 result = call()
                 if isawaitable(result):
                     await_only(result)
-            except Exception:
+            except (Exception, CancelledError):  # a hook may await a task that was cancelled
                 _log.exception(
                     "%r failed after the end of its transaction, which stands as it ended", call
                 )

@@ -87,7 +87,7 @@ class _CountedPool(pool.Pool):
 
     def _create_connection(self) -> ConnectionPoolEntry:
         # It connects at its checkout. If that fails half-way, in a "connect" event or in a
-        # cancelled task, the pool closes what was opened, which older versions of SQLAlchemy forget.
+        # cancelled task, the pool closes what was opened: older SQLAlchemys forget it.
         return _ConnectionRecord(self, connect=False)
 
     def _close_connection(self, connection: DBAPIConnection, *, terminate: bool = False) -> None:
@@ -234,6 +234,7 @@ class MemoryPool(_CountedPool, pool.StaticPool):
         cursor = kept.cursor()
         cursor.execute("PRAGMA query_only = 0")  # a reader may have been cut off
         cursor.close()
+        self.connection.info.clear()
         self.connection.dbapi_connection = kept
         self.connection.starttime = time()
         self._kept = None  # not before: a cancellation meanwhile would take the data with it

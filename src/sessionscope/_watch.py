@@ -47,6 +47,7 @@ class _Watch(weakref.ref[Session]):
 
 
 _watches: set[_Watch] = set()
+_warned: dict[Any, int] = {}
 _closing: set[asyncio.Task[None]] = set()  # an event loop alone would not keep them alive
 
 
@@ -109,13 +110,13 @@ def warn_of_idleness(
     is_autocommit = scope is not None and scope.autocommit and not scope.streams
     if is_autocommit or not session.in_transaction():
         return
-    warnings.warn(
+    _warn(
         f"The session opened at {describe(opened_at(session))} was idle in its transaction for "
         f"{monotonic() - since:.1f} s after {_last_call(method, *arguments[:1])}: it kept its "
         "connection and its locks meanwhile. End the unit of work before what takes long (a call "
         "over the network, a file, a sleep), and begin another one after it",
         IdleInTransactionWarning,
-        stacklevel=4,
+        here() or opened_at(session),
     )
 
 
@@ -129,6 +130,8 @@ def _last_call(method: str, argument: object = None) -> str:
 def _collected(watching: weakref.ref[Session]) -> None:
     """Warn of a session that was collected, and give its connection back."""
     assert isinstance(watching, _Watch)
+    if watching not in _watches:  # its unit may be collected with it, and say so twice
+        return
     _watches.discard(watching)
     connection = watching.connection
     if connection.closed:
@@ -144,13 +147,22 @@ def _collected(watching: weakref.ref[Session]) -> None:
 
 def _warn_of_leak(place: Place | None, on_leak: OnLeak) -> None:
     on_leak(describe(place))
-    warnings.warn(
+    _warn(
         f"The session opened at {describe(place)} was never closed; its connection was rolled "
         "back and given back when the garbage collector found it. Write: with database.begin() as "
         "session: ...",
         SessionLeakWarning,
-        stacklevel=3,
+        place,
     )
+
+
+def _warn(message: str, category: type[Warning], place: Place | None) -> None:
+    """Warn of a line of the user's: the stack here may be a greenlet's, or the collector's."""
+    if place is None:
+        warnings.warn(message, category, stacklevel=3)
+        return
+    code, line = place
+    warnings.warn_explicit(message, category, code.co_filename, line, registry=_warned)
 
 
 def _close_on_loop(connection: Connection, loop: asyncio.AbstractEventLoop | None) -> None:
