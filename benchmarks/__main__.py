@@ -11,6 +11,7 @@ from pathlib import Path
 
 from benchmarks import (
     async_units,
+    cancellation,
     checker,
     costs,
     flights,
@@ -44,6 +45,7 @@ def _all(url: str | None = None, *, short: bool = False) -> dict[str, Callable[[
         "flights": partial(flights.run, url=url, short=short),
         "instructions": partial(instructions.run, short=short),
         "async": partial(async_units.run, url=url, short=short),
+        "cancellation": partial(cancellation.run, url=url, short=short),
         "promises": partial(promises.run, url=url),
         "http": partial(http.run, url=url, short=short),
         "peers": partial(peers.run, url=url, short=short),
