@@ -349,3 +349,16 @@ async def test_no_parameter_appears_in_an_error(async_database: AsyncDatabase) -
                 await session.execute(statement, {"secret": "hunter2"})
             assert "hunter2" not in str(plain.value)
     assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("async_url", ["psycopg"], indirect=True)
+async def test_pending_changes_do_not_hide_what_really_failed(
+    async_database: AsyncDatabase,
+) -> None:
+    """The last flush is refused for what was swallowed, not for a lost connection."""
+    with pytest.raises(TransactionDoomed, match="no_such_table"):
+        async with async_database.begin() as session:
+            with pytest.raises(sa_exc.DBAPIError):
+                await session.execute(text("SELECT * FROM no_such_table"))
+            session.add(Item(name="lost"))
+    assert await names(async_database) == []

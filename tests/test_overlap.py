@@ -234,3 +234,17 @@ def test_a_call_within_a_call_is_the_same_user(database: Database) -> None:
 
         session.add(Item(name="kept"))
     assert plain_names(database) == ["kept"]
+
+
+def test_a_session_does_not_keep_the_parameters_of_its_last_call(sqlite: Database) -> None:
+    rows = [{"id": number, "name": str(number)} for number in range(3)]
+    with sqlite.begin() as session:
+        session.execute(text("INSERT INTO item VALUES (:id, :name)"), rows)
+        kept = [each for value in vars(session).values() for each in _members(value)]
+        assert not any(each is rows for each in kept)
+
+
+def _members(value: object) -> tuple[object, ...]:
+    if not isinstance(value, tuple):
+        return (value,)
+    return tuple(inner for member in value for inner in _members(member))

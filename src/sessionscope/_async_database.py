@@ -235,8 +235,7 @@ class AsyncDatabase(Generic[AsyncSessionT]):
         return self._source.stats()
 
     def limit_waiting_threads(self, threads: Callable[[], int | None]) -> None:
-        """Async version of :meth:`Database.limit_waiting_threads`: its units wait in no thread."""
-        self._source.limit_waiting_threads(threads)
+        """Async version of :meth:`Database.limit_waiting_threads`: its units wait in none."""
 
     async def drain(self, timeout: float) -> bool:
         """Async version of :meth:`Database.drain`."""

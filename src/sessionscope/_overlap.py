@@ -77,7 +77,7 @@ def _guarded(method: Callable[..., Any], current_user: Callable[[], _User]) -> C
                 warn_of_idleness(self, *state[_LAST])
             return method(self, *args, **kwargs)
         finally:
-            state[_LAST] = monotonic(), name, args
+            state[_LAST] = monotonic(), name, args[:1]  # not what was sent with it
             del state[USER]
 
     return call

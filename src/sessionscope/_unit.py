@@ -265,6 +265,8 @@ class Unit(Generic[SessionT]):
         for unit in units:
             try:
                 unit._plain.flush()
+            except TransactionDoomed:
+                raise  # it says what failed
             except PendingRollbackError as error:
                 raise unit._doomed(error) from error
 
