@@ -80,7 +80,7 @@ def bare(session: nox.Session, sqlalchemy: str) -> None:
 def wheel(session: nox.Session) -> None:
     """Run all tests on the installed wheel, where src cannot be imported."""
     sdist, wheel = build()
-    session.install("--require-hashes", "-r", str(PINS))
+    session.install("--require-hashes", "--no-deps", "-r", str(PINS))
     session.install("--no-deps", str(wheel))
     check_requirements(session)
     with unpacked(session, sdist) as folder, session.chdir(folder):

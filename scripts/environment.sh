@@ -35,8 +35,10 @@ make_with_pip() {
         fail "$python has no venv module (Debian, Ubuntu: apt install python3-venv)"
     say "setting up $target with pip, this once ..."
     "$python" -m venv --clear "$target"
+    # The pins are complete. Without --no-deps older pips refuse a pinned package that
+    # another one asks for with an extra.
     "$target/bin/python" -m pip install --quiet --disable-pip-version-check \
-        --require-hashes -r "$pins"
+        --no-deps --require-hashes -r "$pins"
 }
 
 rm -rf "$target"
