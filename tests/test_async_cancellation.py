@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from time import monotonic
+from time import monotonic, thread_time
 from typing import Any
 
 import pytest
@@ -224,6 +224,18 @@ async def test_what_was_cancelled_is_not_counted_as_idle(async_url: str) -> None
     async with AsyncDatabase(async_url) as database:
         await cancel_a_slow_statement(database)
         assert database.stats().idle == 0
+
+
+@on_postgres
+@pytest.mark.anyio
+async def test_waiting_for_the_server_costs_no_processor_time(
+    async_database: AsyncDatabase,
+) -> None:
+    async with async_database.begin() as session:
+        await session.connection()
+        before = thread_time()
+        await session.execute(text("SELECT pg_sleep(0.5)"))
+        assert thread_time() - before < 0.1
 
 
 async def cancel_a_slow_statement(database: AsyncDatabase, *, read_only: bool = False) -> None:

@@ -14,6 +14,8 @@ from sqlalchemy.util.concurrency import in_greenlet
 
 # Seconds after which MySQL is asked again whether a connection has ended.
 _KILLING_SECONDS = 0.01
+# Seconds after which psycopg looks up while it waits for the server, as it does by itself.
+_LOOK_UP_SECONDS = 0.1
 # Seconds up to which SQLite counts as having nothing else to do.
 _AT_ONCE = 0.02
 
@@ -50,8 +52,12 @@ def leave_to_interrupt(driver_connection: Any) -> None:
         return
     waiting = sys.modules["psycopg.waiting"]
 
-    def wait(steps: Any, *args: Any, **kwargs: Any) -> Coroutine[Any, Any, Any]:
-        result: Coroutine[Any, Any, Any] = waiting.wait_async(steps, libpq.socket, *args, **kwargs)
+    def wait(
+        steps: Any, interval: float = _LOOK_UP_SECONDS, **kwargs: Any
+    ) -> Coroutine[Any, Any, Any]:
+        result: Coroutine[Any, Any, Any] = waiting.wait_async(
+            steps, libpq.socket, interval=interval, **kwargs
+        )
         return result
 
     driver_connection.wait = wait

@@ -221,20 +221,29 @@ async def _end(units: Collection[Unit[Any]], how: Callable[[Unit[Any]], None]) -
 
 async def _commit_both(here: Collection[Unit[Any]], others: Collection[Unit[Any]]) -> None:
     """Flush all units, of both kinds, and then commit them."""
-    try:
-        await _in_thread(partial(Unit.flush_all, others))
-    except asyncio.CancelledError:
-        await _undo_both(here, others, Unit.discard)  # the flush goes on in its thread
-        raise
-    except BaseException:
-        await _undo_both(here, others, Unit.rollback)
-        raise
+    if any(unit.has_changes for unit in others):
+        await _flush_first(here, others)
     try:
         await Unit.end_all_async(here, Unit.commit)
     except BaseException:
         await _end_in_thread(others, Unit.rollback)
         raise
     await _end_in_thread(others, Unit.commit)
+
+
+async def _flush_first(here: Collection[Unit[Any]], others: Collection[Unit[Any]]) -> None:
+    """Flush the *others* in a thread; if that fails, undo all units."""
+    flushing = _start(partial(Unit.flush_all, others))
+    try:
+        await asyncio.shield(flushing)
+    except asyncio.CancelledError:
+        # It goes on in its thread, is interrupted, and no one asks for its error any more.
+        flushing.add_done_callback(asyncio.Future.exception)
+        await _undo_both(here, others, Unit.discard)
+        raise
+    except BaseException:
+        await _undo_both(here, others, Unit.rollback)
+        raise
 
 
 async def _undo_both(
@@ -253,14 +262,14 @@ async def _end_in_thread(units: Collection[Unit[Any]], how: Callable[[Unit[Any]]
     if how is not Unit.discard and not any(unit.needs_io for unit in units):
         Unit.end_all(units, how)
         return
-    await _in_thread(partial(Unit.end_all, units, how))
+    # Started before the first await: a cancellation cannot prevent it.
+    await asyncio.shield(_start(partial(Unit.end_all, units, how)))
 
 
-async def _in_thread(work: Callable[[], None]) -> None:
-    # Submitted before the first await: a cancellation cannot prevent it.
+def _start(work: Callable[[], None]) -> "asyncio.Future[None]":
+    """Start *work* in a thread that sees the request's context."""
     context = copy_context()
-    loop = asyncio.get_running_loop()
-    await asyncio.shield(loop.run_in_executor(_ending, lambda: context.run(work)))
+    return asyncio.get_running_loop().run_in_executor(_ending, lambda: context.run(work))
 
 
 def _check_database(database: object, usage: str) -> None:
