@@ -13,9 +13,10 @@ from sqlalchemy.orm import Session
 from sqlalchemy.util import greenlet_spawn
 
 from sessionscope._async_source import AsyncSessionT, AsyncSource, create_engine
-from sessionscope._entry import async_entry_point, finished, is_async, place_of
-from sessionscope._options import Options, read_url, url_from_env
-from sessionscope._places import caller
+from sessionscope._entry import async_entry_point, finished, is_async
+from sessionscope._options import Options, check_timeout, read_url, url_from_env
+from sessionscope._places import caller, place_of
+from sessionscope._retry import ATTEMPTS, check_attempts
 from sessionscope._unit import Unit
 from sessionscope.events import Observer, Stats
 
@@ -69,6 +70,7 @@ class _Block(AbstractAsyncContextManager[AsyncSessionT]):
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self._unit.failed(exc)
         how = Unit.commit if exc_type is None else Unit.rollback
         await Unit.end_all_async((self._unit,), how)
 
@@ -93,6 +95,7 @@ class AsyncDatabase(Generic[AsyncSessionT]):
         max_overflow: int = 10,
         pool_timeout: float = 5.0,
         max_waiting: int | None = None,
+        timeout: float | None = None,
         isolation_level: str | None = None,
         session_class: type[AsyncSessionT] = AsyncSession,  # type: ignore[assignment]  # a TypeVar's default
         engine_options: Mapping[str, Any] | None = None,
@@ -105,6 +108,7 @@ class AsyncDatabase(Generic[AsyncSessionT]):
             max_overflow=max_overflow,
             pool_timeout=pool_timeout,
             max_waiting=max_waiting,
+            timeout=timeout,
             isolation_level=isolation_level,
             session_class=session_class,
             session_base=AsyncSession,
@@ -158,6 +162,7 @@ class AsyncDatabase(Generic[AsyncSessionT]):
         *,
         read_only: bool = False,
         isolation_level: str | None = None,
+        timeout: float | None = None,
         independent: bool = False,
     ) -> AbstractAsyncContextManager[AsyncSessionT]:
         """Async version of :meth:`Database.begin`, for ``async with``.
@@ -170,6 +175,7 @@ class AsyncDatabase(Generic[AsyncSessionT]):
                 self,
                 read_only=read_only,
                 isolation_level=isolation_level,
+                timeout=timeout,
                 independent=independent,
                 opened_at=caller(1),
             )
@@ -202,6 +208,8 @@ class AsyncDatabase(Generic[AsyncSessionT]):
         *,
         read_only: bool = False,
         isolation_level: str | None = None,
+        timeout: float | None = None,
+        attempts: int = ATTEMPTS,
         independent: bool = False,
     ) -> _WithSession[AsyncSessionT]:
         """Async version of :meth:`Database.with_session`: the entry points are ``async def``.
@@ -217,8 +225,13 @@ class AsyncDatabase(Generic[AsyncSessionT]):
                 kwargs,
                 read_only=read_only,
                 isolation_level=isolation_level,
+                timeout=timeout,
+                attempts=attempts,
                 independent=independent,
             )
+
+        check_timeout(timeout)
+        check_attempts(attempts)
 
         def decorate(fn: Callable[..., Any], /) -> Callable[..., Any]:
             return async_entry_point(fn, run)
@@ -260,21 +273,38 @@ class AsyncDatabase(Generic[AsyncSessionT]):
         *,
         read_only: bool = False,
         isolation_level: str | None = None,
+        timeout: float | None = None,
+        attempts: int = ATTEMPTS,
         independent: bool = False,
     ) -> Any:
+        source = self._source
+        call = fn, args, kwargs
+        trying = source.attempts(call, attempts, timeout)
         is_plain = not is_async(fn)
-        unit: Unit[Any] = Unit(
-            self,
-            read_only=read_only,
-            isolation_level=isolation_level,
-            independent=independent,
-            opened_at=place_of(fn),
-            plain=is_plain,
-        )
-        async with _Block(unit) as session:
-            if is_plain:
-                return await greenlet_spawn(_call, fn, session, args, kwargs)
-            return await fn(session, *args, **kwargs)
+        while True:
+            unit: Unit[Any] = Unit(
+                self,
+                read_only=read_only,
+                isolation_level=isolation_level,
+                independent=independent,
+                opened_at=place_of(fn),
+                plain=is_plain,
+                attempts=trying,
+            )
+            try:
+                async with _Block(unit) as session:
+                    if is_plain:
+                        result = await greenlet_spawn(_call, fn, session, args, kwargs)
+                    else:
+                        result = await fn(session, *args, **kwargs)
+            except Exception as error:
+                if trying.pause is None:
+                    raise
+                pause = source.again(trying, call, error)
+            else:
+                trying.succeeded()
+                return result
+            await asyncio.sleep(pause)
 
 
 def _call(fn: Callable[..., Any], session: Any, args: tuple[Any, ...], kwargs: Any) -> Any:

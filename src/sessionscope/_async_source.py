@@ -17,6 +17,8 @@ from typing_extensions import TypeVar
 
 from sessionscope._guards import Scope
 from sessionscope._source import Source
+from sessionscope._timer import timed
+from sessionscope._watch import UNIT
 
 AsyncSessionT = TypeVar("AsyncSessionT", bound=AsyncSession, default=AsyncSession)
 
@@ -41,6 +43,7 @@ class AsyncSource(Source[AsyncSessionT]):
             write, class_=outer, **self.session_options
         )
         self.unit_class = _around(outer, unit_class)
+        self.timed_class = _around(outer, timed(unit_class, UNIT))
 
     @property
     def session_options(self) -> dict[str, Any]:
@@ -54,13 +57,15 @@ class AsyncSource(Source[AsyncSessionT]):
     def open_session(self, bind: Engine, scope: Scope) -> tuple[AsyncSessionT, Session]:
         """Return a session as the user gets it, and the synchronous one inside of it."""
         options = self.unit_options(self.async_sessionmaker.kw, self.async_engine(bind), scope)
-        session = self.unit_class(**options)
+        session_class = self.unit_class if scope.timer is None else self.timed_class
+        session = session_class(**options)
         return session, session.sync_session
 
     def open_plain(self, bind: Engine, scope: Scope) -> tuple[Any, Session]:
         """Return a plain session, twice, without an asynchronous one around it."""
         options = self.unit_options(self.async_sessionmaker.kw, bind, scope)
-        session = self.unit_class.sync_session_class(**options)
+        session_class = self.unit_class if scope.timer is None else self.timed_class
+        session = session_class.sync_session_class(**options)
         return session, session
 
     def async_engine(self, engine: Engine) -> AsyncEngine:

@@ -8,12 +8,14 @@ import os
 import socket
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from time import monotonic
 from typing import Any, Protocol
 
 from sqlalchemy.engine.interfaces import DBAPIConnection
 
+from sessionscope._deadline import Deadline, current, within
 from sessionscope._signal import Signal
 from sessionscope.exc import PoolBusy
 
@@ -60,12 +62,50 @@ class Backends:
         Waits at most *timeout* seconds for a place; raises PoolBusy. *discard* closes a
         connection that no one waits for any more.
         """
-        self.take(timeout)
+        self.take(within(timeout))
+        deadline = current.get()
+        if deadline is not None:
+            return self._open_in_time(connect, discard, deadline)
         try:
             return connect()
         except BaseException:
             self.give_back()
             raise
+
+    def _open_in_time(
+        self,
+        connect: Callable[[], DBAPIConnection],
+        discard: Callable[[DBAPIConnection], None],
+        deadline: Deadline,
+    ) -> DBAPIConnection:
+        """Connect in a thread of its own, which is left behind when the time is over."""
+        opening: Future[DBAPIConnection] = Future()
+
+        def work() -> None:
+            try:
+                opening.set_result(connect())
+            except BaseException as error:
+                opening.set_exception(error)
+
+        threading.Thread(target=work, name="sessionscope-connect", daemon=True).start()
+        try:
+            done, _ = wait([opening], deadline.remaining)
+            if not done:
+                raise deadline.exceeded("connect")
+        except BaseException:  # also an interrupt
+            opening.add_done_callback(lambda late: self._give_up(late, discard))
+            raise
+        if opening.exception() is not None:
+            self.give_back()
+        return opening.result()
+
+    def _give_up(
+        self, late: "Future[DBAPIConnection]", discard: Callable[[DBAPIConnection], None]
+    ) -> None:
+        if late.exception() is not None:
+            self.give_back()
+        else:
+            discard(late.result())
 
     def close(
         self,

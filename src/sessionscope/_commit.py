@@ -23,10 +23,16 @@ from sessionscope._doom import (
 )
 from sessionscope._guards import Scope
 from sessionscope._places import describe
+from sessionscope._retry import mark, sqlstate_of
 from sessionscope._watch import UNIT
 from sessionscope.exc import CommitUnknown, DatabaseUnavailable, TransactionDoomed
 
 _COMMITTING = "sessionscope.committing"
+
+# What a standby says to a write: read_only_sql_transaction; ER_OPTION_PREVENTS_STATEMENT
+# (--read-only) and ER_READ_ONLY_MODE.
+_READ_ONLY_TRANSACTION = "25006"
+_MYSQL_READ_ONLY = {1290, 1836}
 
 # What failed earlier in the transaction: the statement and the error.
 _Suspect = tuple[str | None, BaseException]
@@ -41,14 +47,20 @@ def verify_commits(engine: Engine, database: str) -> None:
     to_savepoint = dialect.do_rollback_to_savepoint
 
     def do_commit(proxied: PoolProxiedConnection) -> None:
+        info = proxied.info
         if is_doomed(proxied):
-            error = _doomed(proxied.info)
+            error = _doomed(info)
             # Raising alone would give the open transaction back to the pool.
             dialect.do_rollback(proxied)
             raise error
-        proxied.info[_COMMITTING] = True
+        scope: Scope | None = info.get(UNIT)
+        if scope is not None and scope.timer is not None:
+            scope.timer.start_commit()
+        info[_COMMITTING] = True
         send_commit(proxied)
-        del proxied.info[_COMMITTING]
+        del info[_COMMITTING]
+        if scope is not None:
+            scope.has_committed = True
 
     def do_begin(proxied: PoolProxiedConnection) -> None:
         send_begin(proxied)
@@ -60,9 +72,12 @@ def verify_commits(engine: Engine, database: str) -> None:
         connection.connection.info.pop(SUSPECT, None)
 
     def failed(context: ExceptionContext) -> BaseException | None:
-        if context.connection is None:
-            return _unavailable(context, database)
-        return _note_failure(context, database)
+        note = _unavailable if context.connection is None else _note_failure
+        error = note(context, database)
+        for each in (error, context.sqlalchemy_exception):
+            if each is not None:
+                mark(each, database)
+        return error
 
     def returned(dbapi_connection: object, record: ConnectionPoolEntry) -> None:
         info = record.info
@@ -116,14 +131,18 @@ def _note_failure(context: ExceptionContext, database: str) -> BaseException | N
         return None
     info = connection.connection.info
     orig = context.original_exception
-    if _sqlstate(orig) == IN_FAILED_TRANSACTION and SUSPECT in info:
+    if sqlstate_of(orig) == IN_FAILED_TRANSACTION and SUSPECT in info:
         return _doomed(info)
     was_commit = context.statement is None and info.pop(_COMMITTING, False)
     if was_commit and context.is_disconnect and isinstance(orig, Exception):
-        return CommitUnknown(
+        unknown = CommitUnknown(
             f"The connection to {database} was lost during COMMIT: the database may have "
             "committed, or not. Look before you try again"
         )
+        unknown.lost = error
+        return unknown
+    if _is_demoted(context, info):
+        context.is_disconnect = True  # all of the pool's connections lead to the wrong server
     info[SUSPECT] = (context.statement, error)
     if has_lost_transaction(context):
         info[LOST] = True
@@ -131,8 +150,14 @@ def _note_failure(context: ExceptionContext, database: str) -> BaseException | N
     return _unwritable(context) if connection.dialect.name == "sqlite" else None
 
 
-def _sqlstate(error: BaseException) -> str | None:
-    return getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
+def _is_demoted(context: ExceptionContext, info: dict[Any, Any]) -> bool:
+    """Return whether a writing unit has met a server that only reads: no primary any more."""
+    scope: Scope | None = info.get(UNIT)
+    if scope is None or scope.read_only:
+        return False
+    orig = context.original_exception
+    code = next(iter(getattr(orig, "args", ())), None)
+    return sqlstate_of(orig) == _READ_ONLY_TRANSACTION or code in _MYSQL_READ_ONLY
 
 
 def _refuse_further_statements(connection: Connection) -> None:
@@ -155,28 +180,35 @@ def _unavailable(context: ExceptionContext, database: str) -> BaseException | No
     orig = context.original_exception
     # libpq breaks its messages into lines; MySQL's drivers put a code before theirs.
     text = " ".join(str(orig.args[-1] if orig.args else orig).split())
-    mend = next((mend for part, mend in _MENDS.items() if part in text), None)
-    if mend is None or text.endswith("?"):  # libpq asks its own question
-        return DatabaseUnavailable(f"No connection to {database}: {text}", orig)
-    return DatabaseUnavailable(f"No connection to {database}: {text}. {mend}", orig)
+    mend = next((mend for part, mend in _MENDS.items() if part in text), "")
+    told = text if not mend or text.endswith("?") else f"{text}. {mend}"  # libpq asks by itself
+    unavailable = DatabaseUnavailable(f"No connection to {database}: {told}", orig)
+    unavailable.is_transient = mend not in _SETTINGS
+    return unavailable
 
 
 _FEWER = (
     "Lower pool_size + max_overflow times the number of processes, or raise the server's "
     "max_connections."
 )
+_USER = "Check the user and the password in the database URL."
+_PASSWORD = "Put the password into the database URL."  # noqa: S105  # it is a sentence
+_NAME = "Create it, or correct its name in the database URL."
+_FILE = "Check that the folder exists and may be written to."
+# What no later attempt changes.
+_SETTINGS = {_USER, _PASSWORD, _NAME, _FILE}
 _MENDS = {
-    "password authentication failed": "Check the user and the password in the database URL.",
-    "no password supplied": "Put the password into the database URL.",
-    "Access denied for user": "Check the user and the password in the database URL.",
-    "Unknown database": "Create it, or correct its name in the database URL.",
-    "does not exist": "Create it, or correct its name in the database URL.",
+    "password authentication failed": _USER,
+    "no password supplied": _PASSWORD,
+    "Access denied for user": _USER,
+    "Unknown database": _NAME,
+    "does not exist": _NAME,
     "Connection refused": "Is the server running, and are host and port right?",
     "resolve host": "Check the name of the host in the database URL.",
     "Name or service not known": "Check the name of the host in the database URL.",
     "oo many": _FEWER,
     "remaining connection slots": _FEWER,
-    "unable to open database file": "Check that the folder exists and may be written to.",
+    "unable to open database file": _FILE,
 }
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
-from time import monotonic
+from time import monotonic, sleep
 from types import MappingProxyType, TracebackType
 from typing import Any, Concatenate, Generic, ParamSpec, Protocol, Self, TypeVar, overload
 
@@ -10,10 +10,11 @@ from sqlalchemy import URL, Engine, literal, select
 from sqlalchemy.orm import Session, sessionmaker
 from typing_extensions import TypeVar as TypeVarWithDefault
 
-from sessionscope._entry import entry_point, finished, place_of
-from sessionscope._options import Options, read_url, url_from_env
-from sessionscope._places import caller
+from sessionscope._entry import entry_point, finished
+from sessionscope._options import Options, check_timeout, read_url, url_from_env
+from sessionscope._places import caller, place_of
 from sessionscope._source import Source
+from sessionscope._retry import ATTEMPTS, check_attempts
 from sessionscope._unit import Unit
 from sessionscope.events import Observer, Stats
 
@@ -64,6 +65,7 @@ class Database(Generic[SessionT]):
         max_overflow: int = 10,
         pool_timeout: float = 5.0,
         max_waiting: int | None = None,
+        timeout: float | None = None,
         isolation_level: str | None = None,
         session_class: type[SessionT] = Session,  # type: ignore[assignment]  # a TypeVar's default
         engine_options: Mapping[str, Any] | None = None,
@@ -76,6 +78,7 @@ class Database(Generic[SessionT]):
             max_overflow=max_overflow,
             pool_timeout=pool_timeout,
             max_waiting=max_waiting,
+            timeout=timeout,
             isolation_level=isolation_level,
             session_class=session_class,
             session_base=Session,
@@ -135,6 +138,7 @@ class Database(Generic[SessionT]):
         *,
         read_only: bool = False,
         isolation_level: str | None = None,
+        timeout: float | None = None,
         independent: bool = False,
     ) -> AbstractContextManager[SessionT]:
         """Open a unit of work: commit at the end of the block, roll back on any exception.
@@ -154,6 +158,7 @@ class Database(Generic[SessionT]):
             self,
             read_only=read_only,
             isolation_level=isolation_level,
+            timeout=timeout,
             independent=independent,
             opened_at=caller(1),
         )
@@ -172,6 +177,8 @@ class Database(Generic[SessionT]):
         *,
         read_only: bool = False,
         isolation_level: str | None = None,
+        timeout: float | None = None,
+        attempts: int = ATTEMPTS,
         independent: bool = False,
     ) -> _WithSession[SessionT]:
         """Make ``fn(session, ...)`` an entry point ``fn(...)`` that is one unit of work.
@@ -190,8 +197,13 @@ class Database(Generic[SessionT]):
                 kwargs,
                 read_only=read_only,
                 isolation_level=isolation_level,
+                timeout=timeout,
+                attempts=attempts,
                 independent=independent,
             )
+
+        check_timeout(timeout)
+        check_attempts(attempts)
 
         def decorate(fn: Callable[..., Any], /) -> Callable[..., Any]:
             return entry_point(fn, run)
@@ -249,15 +261,30 @@ class Database(Generic[SessionT]):
         *,
         read_only: bool = False,
         isolation_level: str | None = None,
+        timeout: float | None = None,
+        attempts: int = ATTEMPTS,
         independent: bool = False,
     ) -> _R:
-        unit = Unit(
-            self,
-            read_only=read_only,
-            isolation_level=isolation_level,
-            independent=independent,
-            opened_at=place_of(fn),
-        )
-        with unit as session:
-            result: _R = finished(fn(session, *args, **kwargs), fn, "a Database is synchronous")
-            return result
+        source = self._source
+        call = fn, args, kwargs
+        trying = source.attempts(call, attempts, timeout)
+        while True:
+            unit = Unit(
+                self,
+                read_only=read_only,
+                isolation_level=isolation_level,
+                independent=independent,
+                opened_at=place_of(fn),
+                attempts=trying,
+            )
+            try:
+                with unit as session:
+                    result = finished(fn(session, *args, **kwargs), fn, "a Database is synchronous")
+            except Exception as error:
+                if trying.pause is None:
+                    raise
+                pause = source.again(trying, call, error)
+            else:
+                trying.succeeded()
+                return result  # type: ignore[no-any-return]  # it is what fn returned
+            sleep(pause)

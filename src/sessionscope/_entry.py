@@ -5,7 +5,6 @@ from collections.abc import Awaitable, Callable
 from types import AsyncGeneratorType, CoroutineType, FunctionType, GeneratorType
 from typing import Any
 
-from sessionscope._places import Place
 from sessionscope.exc import ConfigurationError
 
 # Runs fn, which takes a session as its first argument, as one unit of work.
@@ -95,12 +94,6 @@ def _without_session(
     }
     wrapper.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]  # typeshed knows no such attribute
     return wrapper
-
-
-def place_of(fn: Callable[..., Any]) -> Place | None:
-    """Return where *fn* is defined, for errors to name."""
-    code = getattr(fn, "__code__", None)
-    return (code, code.co_firstlineno) if code is not None else None
 
 
 def _check(fn: Callable[..., Any], parameters: list[inspect.Parameter], position: int) -> None:

@@ -144,11 +144,12 @@ class Gate:
         """How many units wait for a slot."""
         return len(self._threads) + len(self._tasks)
 
-    def admit(self) -> None:
-        """Take a slot, blocking this thread for at most ``timeout`` seconds.
+    def admit(self, timeout: float | None = None) -> None:
+        """Take a slot, blocking this thread for at most *timeout* seconds.
 
-        Raises PoolBusy.
+        By default the gate's own. Raises PoolBusy.
         """
+        timeout = self.timeout if timeout is None else timeout
         with self._lock:
             if self._take():
                 return
@@ -156,7 +157,7 @@ class Gate:
             waiter = _ThreadWaiter(self._threads)
         started = monotonic()
         try:
-            waiter.wait(self.timeout)
+            waiter.wait(timeout)
         except BaseException:
             self._abandon(waiter)
             raise
@@ -172,7 +173,7 @@ class Gate:
         with self._lock:
             return self._take()
 
-    async def admit_async(self) -> None:
+    async def admit_async(self, timeout: float | None = None) -> None:
         """Async version of :meth:`admit`: waits without blocking a thread."""
         with self._lock:
             if self._take():
@@ -180,7 +181,7 @@ class Gate:
             waiter = _TaskWaiter(self._tasks, asyncio.get_running_loop())
         started = monotonic()
         try:
-            await waiter.wait(self.timeout)
+            await waiter.wait(self.timeout if timeout is None else timeout)
         except BaseException:
             # Cancelled, or the loop was closed: a slot granted meanwhile is ours to give back.
             self._abandon(waiter)

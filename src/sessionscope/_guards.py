@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -23,15 +23,20 @@ class Scope:
         "autocommit",
         "connection",
         "ended",
+        "has_committed",
+        "identity",
         "independent",
         "is_async",
         "left",
+        "may_run_again",
+        "on_begin",
         "opened_at",
         "owner",
         "read_only",
         "streams",
         "task",
         "thread",
+        "timer",
         "used",
     )
 
@@ -58,6 +63,11 @@ class Scope:
         self.streams = False  # a read-only unit had to begin a real one, for a server-side cursor
         self.left = False  # its flow of control has gone on, its clean-up may go on in a task
         self.ended = False
+        self.has_committed = False  # something of it is there to stay
+        self.may_run_again = False
+        self.identity: Any = None  # what its transaction is called by the server, if that is known
+        self.timer: Any = None  # of its deadline
+        self.on_begin: Callable[[Scope, Connection], None] | None = None
 
 
 # The scopes that the current flow of control holds. A worker thread to which a
@@ -134,6 +144,8 @@ def guard(factory: sessionmaker[Any], on_leak: OnLeak, *, is_async: bool) -> typ
         if scope is not None:
             scope.connection = connection
             connection.info[UNIT] = scope
+            if scope.on_begin is not None:
+                scope.on_begin(scope, connection)
         if scope is None or is_async:  # Unit.__del__ finds the others
             _watch.watch(session, connection, on_leak)
 

@@ -86,6 +86,18 @@ def run_due(session: Session) -> None:
         hooks.run()
 
 
+def mark_committed(session: Session) -> None:
+    """Let the hooks know that *session*'s transaction, which was lost, has been committed."""
+    hooks: _Hooks | None = session.info.get(_HOOKS)
+    if hooks is not None:
+        hooks.mark(session)
+
+
+def drop(session: Session) -> None:
+    """Forget what waits for the outcome of a unit of work that is to run again."""
+    session.info.pop(_HOOKS, None)
+
+
 class _Hook:
     """One callable, and the savepoint it was registered in: ``None`` outside of any."""
 
@@ -106,7 +118,7 @@ class _Hooks:
         self._waiting: list[_Hook] = []
         self._due: list[Callable[[], object]] = []
         self._committed: SessionTransaction | None = None
-        event.listen(session, "after_commit", self._mark)
+        event.listen(session, "after_commit", self.mark)
         event.listen(session, "after_transaction_end", self._settle)
 
     def add(self, session: Session, call: Callable[[], object], *, on_commit: bool) -> None:
@@ -129,7 +141,8 @@ class _Hooks:
                     "%r failed after the end of its transaction, which stands as it ended", call
                 )
 
-    def _mark(self, session: Session) -> None:
+    def mark(self, session: Session) -> None:
+        """Note that the innermost transaction of *session* is committed."""
         self._committed = session.get_nested_transaction() or session.get_transaction()
 
     def _settle(self, session: Session, transaction: SessionTransaction) -> None:

@@ -58,6 +58,7 @@ class Options:
     max_overflow: int
     pool_timeout: float
     max_waiting: int | None
+    timeout: float | None
     isolation_level: str | None
     session_class: type[Any]
     session_base: type[Any]
@@ -71,6 +72,7 @@ class Options:
         _check_number("pool_timeout", self.pool_timeout, at_least=0, integer=False)
         if self.max_waiting is not None:
             _check_number("max_waiting", self.max_waiting, at_least=0)
+        check_timeout(self.timeout)
         session_class, base = cast(object, self.session_class), self.session_base
         if not (isinstance(session_class, type) and issubclass(session_class, base)):
             raise ConfigurationError(
@@ -171,6 +173,14 @@ def check_isolation_level(level: str | None) -> None:
         raise ConfigurationError(
             f"isolation_level={level!r} is unknown: write one of {', '.join(ISOLATION_LEVELS)}"
         )
+
+
+def check_timeout(timeout: float | None) -> None:
+    """Raise ConfigurationError if *timeout* is not a number of seconds that can pass."""
+    if timeout is not None:
+        _check_number("timeout", timeout, at_least=0, integer=False)
+        if not timeout:
+            raise ConfigurationError("timeout=0 leaves no time: None is no limit")
 
 
 def missing_driver(url: URL, error: ImportError) -> ConfigurationError:

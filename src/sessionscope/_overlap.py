@@ -20,7 +20,7 @@ from sessionscope._watch import IDLE_SECONDS, opened_at, warn_of_idleness
 from sessionscope.exc import SessionShared
 
 # Everything through which a session reaches its connection.
-_METHODS = (
+METHODS = (
     "begin_nested",
     "close",
     "commit",
@@ -48,7 +48,7 @@ _User = int | asyncio.Task[Any]
 def refuse_overlap(factory: sessionmaker[Any], *, is_async: bool) -> None:
     """Put the guard on all sessions that *factory* makes."""
     current_user = _current_task_or_thread if is_async else threading.get_ident
-    for name in _METHODS:
+    for name in METHODS:
         method = getattr(factory.class_, name)
         guarded = _on_one_loop(method) if is_async else method
         setattr(factory.class_, name, _guarded(guarded, current_user))

@@ -2,6 +2,7 @@
 
 import asyncio
 import sys
+from collections.abc import Callable
 from types import CodeType, FrameType
 from typing import Any
 
@@ -24,6 +25,12 @@ def describe(place: Place | None) -> str:
         return "a place that is not known"
     code, line = place
     return f"{code.co_filename}:{line} ({code.co_qualname})"
+
+
+def place_of(fn: Callable[..., Any]) -> Place | None:
+    """Return where *fn* is defined."""
+    code = getattr(fn, "__code__", None)
+    return (code, code.co_firstlineno) if code is not None else None
 
 
 def here() -> Place | None:

@@ -15,6 +15,7 @@ from sqlalchemy.pool.base import _ConnectionRecord  # pyright: ignore[reportPriv
 from sqlalchemy.util.queue import Empty, Full, QueueCommon
 
 from sessionscope._backends import Backends
+from sessionscope._deadline import within
 from sessionscope._interrupt import interrupt
 from sessionscope.exc import PoolBusy
 
@@ -124,7 +125,7 @@ class SharedQueuePool(_CountedPool, pool.QueuePool):
         self._pool.backends = backends
 
     def _do_get(self) -> ConnectionPoolEntry:
-        deadline = monotonic() + self._timeout
+        deadline = monotonic() + within(self._timeout)
         while True:
             seen = self.backends.signal.changes
             try:
@@ -200,7 +201,7 @@ class MemoryPool(_CountedPool, pool.StaticPool):
             raise
 
     def _take(self) -> None:
-        deadline = monotonic() + self.timeout
+        deadline = monotonic() + within(self.timeout)
         while True:
             seen = self.backends.signal.changes
             if self._lock.acquire(blocking=False):

@@ -10,16 +10,20 @@ from sqlalchemy import Engine, create_engine
 from sqlalchemy.orm import Session, sessionmaker
 from typing_extensions import TypeVar
 
-from sessionscope import _guards, _watch
+from sessionscope import _guards, _outcome, _watch
 from sessionscope._commit import verify_commits
+from sessionscope._deadline import Deadline
 from sessionscope._engines import CreateEngine, Engines
 from sessionscope._gate import Gate
 from sessionscope._guards import Scope
-from sessionscope._options import Options
+from sessionscope._options import Options, check_timeout
+from sessionscope._places import describe, place_of
+from sessionscope._retry import Attempts, Budget, Call, check_attempts
 from sessionscope._telling import Telling
+from sessionscope._timer import timed
 from sessionscope._watch import UNIT
-from sessionscope.events import Observer, SessionLeaked, Stats
-from sessionscope.exc import ConfigurationError
+from sessionscope.events import Observer, SessionLeaked, Stats, UnitRetried
+from sessionscope.exc import CommitUnknown, ConfigurationError
 
 SessionT = TypeVar("SessionT", default=Session)
 
@@ -39,6 +43,7 @@ class Source(Generic[SessionT]):
         self.name = name
         self.options = options
         self.telling = Telling(observers)
+        self._budget = Budget()
         self.gates = _make_gates(options)
         self._reserve = Gate(1, options.pool_timeout, options.max_waiting)
         self.engines = Engines(options, create, self._demand)
@@ -50,6 +55,7 @@ class Source(Generic[SessionT]):
     def make_sessionmakers(self) -> None:
         """Make the factory of the sessions that users get, and the class of those of units."""
         self.sessionmaker, self.unit_class = self.guarded(self.options.session_class)
+        self.timed_class = timed(self.unit_class, UNIT)
 
     def guarded(self, session_class: type[Any]) -> tuple[sessionmaker[Any], type[Any]]:
         """Return a guarded factory of synchronous sessions, and the class of those of units."""
@@ -68,7 +74,8 @@ class Source(Generic[SessionT]):
 
     def open_session(self, bind: Engine, scope: Scope) -> tuple[SessionT, Session]:
         """Return a session as the user gets it, and the synchronous one inside of it."""
-        session = self.unit_class(**self.unit_options(self.sessionmaker.kw, bind, scope))
+        session_class = self.unit_class if scope.timer is None else self.timed_class
+        session = session_class(**self.unit_options(self.sessionmaker.kw, bind, scope))
         return session, session
 
     def open_plain(self, bind: Engine, scope: Scope) -> tuple[Any, Session]:
@@ -89,6 +96,38 @@ class Source(Generic[SessionT]):
     def sleep(self, seconds: float) -> None:
         """Wait while another thread leaves a session."""
         sleep(seconds)
+
+    def attempts(self, call: Call, limit: int, timeout: float | None) -> Attempts:
+        """Return the attempts of *call*, whose time begins now."""
+        seconds = self.options.timeout if timeout is None else timeout
+        deadline = None if seconds is None else Deadline(seconds, place_of(call[0]))
+        return Attempts(
+            call,
+            self.name,
+            limit=limit,
+            patience=self.options.pool_timeout,
+            budget=self._budget,
+            deadline=deadline,
+        )
+
+    def again(self, attempts: Attempts, call: Call, error: Exception) -> float:
+        """Go on to the next attempt after *error*; return the seconds to wait before it."""
+        number, pause = attempts.number, attempts.next()
+        if self.telling.observers:
+            opened_at = describe(place_of(call[0]))
+            self.telling.tell(UnitRetried(opened_at, number, type(error).__name__, pause))
+        return pause
+
+    def resolve(self, unknown: CommitUnknown, scope: Scope) -> BaseException | None:
+        """Return what the lost COMMIT of a unit was: its failure, or ``None`` if it happened."""
+        if scope.identity is None:
+            return unknown
+        seconds = None if scope.timer is None else scope.timer.deadline.remaining
+        engine = self.engines.read
+        committed = _outcome.has_committed(scope.identity, engine, self.sleep, seconds)
+        if committed is None:
+            return unknown
+        return None if committed else unknown.lost
 
     def limit_waiting_threads(self, threads: Callable[[], int | None]) -> None:
         """Keep a framework's bounded thread pool from filling with units that wait."""
@@ -125,6 +164,7 @@ class Source(Generic[SessionT]):
             committed=sum(gate.committed for gate in gates),
             rolled_back=sum(gate.rolled_back for gate in gates),
             refused=sum(gate.refused for gate in gates),
+            retried=self._budget.spent,
             longest_wait=max(gate.longest_wait for gate in gates),
             longest_use=max(gate.longest_use for gate in gates),
         )

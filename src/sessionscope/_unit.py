@@ -12,14 +12,23 @@ from sqlalchemy.exc import IllegalStateChangeError, InvalidRequestError, Pending
 from sqlalchemy.orm import Session
 from sqlalchemy.util import greenlet_spawn
 
-from sessionscope import _async_unit, _guards, _hooks, _overlap, _watch
+from sessionscope import _async_unit, _guards, _hooks, _identity, _overlap, _watch
+from sessionscope._deadline import Deadline
 from sessionscope._guards import Scope
 from sessionscope._interrupt import interrupt
-from sessionscope._options import check_isolation_level
+from sessionscope._options import check_isolation_level, check_timeout
 from sessionscope._places import Place, caller, describe
+from sessionscope._retry import Attempts
 from sessionscope._source import SessionT, Source
+from sessionscope._timer import Timer
 from sessionscope.events import Outcome, UnitBegan, UnitEnded, UnitRefused, UnitWaited
-from sessionscope.exc import PoolBusy, SessionEnded, TransactionDoomed
+from sessionscope.exc import (
+    CommitUnknown,
+    PoolBusy,
+    SessionEnded,
+    SessionScopeError,
+    TransactionDoomed,
+)
 
 # Seconds for which close() waits for another thread to leave the session.
 _PATIENCE = 5.0
@@ -53,13 +62,16 @@ class Unit(Generic[SessionT]):
 
     *opened_at* is the ``(code, line)`` that errors name, by default the caller's. A *plain*
     unit of an AsyncDatabase has a plain Session, for code that runs in SQLAlchemy's greenlets.
-    A unit is used once.
+    *attempts* are those of the call that this unit is one attempt of. A unit is used once.
     """
 
     __slots__ = (
         "_admitted_at",
+        "_attempts",
         "_bind",
         "_committed",
+        "_deadline",
+        "_failure",
         "_gate",
         "_given",
         "_is_open",
@@ -67,6 +79,7 @@ class Unit(Generic[SessionT]):
         "_scope",
         "_session",
         "_source",
+        "_timeout",
     )
 
     def __init__(
@@ -75,11 +88,14 @@ class Unit(Generic[SessionT]):
         *,
         read_only: bool = False,
         isolation_level: str | None = None,
+        timeout: float | None = None,
         independent: bool = False,
         opened_at: Place | None = None,
         plain: bool = False,
+        attempts: Attempts | None = None,
     ) -> None:
         check_isolation_level(isolation_level)
+        check_timeout(timeout)
         source = database._source  # pyright: ignore[reportPrivateUsage]  # its own half
         self._source = source
         self._scope = Scope(
@@ -93,7 +109,12 @@ class Unit(Generic[SessionT]):
         self._bind = source.engines.bind(
             read_only=read_only, isolation_level=isolation_level, independent=independent
         )
+        self._scope.has_committed = isolation_level == "AUTOCOMMIT" and not read_only
         self._gate = source.gate(read_only=read_only, independent=independent)
+        self._timeout = source.options.timeout if timeout is None else timeout
+        self._deadline: Deadline | None = None
+        self._attempts = attempts
+        self._failure: BaseException | None = None
         self._is_plain = plain
         self._given: SessionT | None = None
         self._session: Session | None = None
@@ -130,27 +151,23 @@ class Unit(Generic[SessionT]):
         """Wait for a slot, blocking this thread, and make the session.
 
         Opens no connection: that happens at the first statement. Raises PoolBusy,
-        NestedUnit.
+        DeadlineExceeded, NestedUnit.
         """
-        self._refuse_second_use()
-        started = monotonic()
+        started = self._start()
         try:
-            self._gate.admit()
-        except PoolBusy:
-            self._tell_refused(started)
-            raise
+            self._gate.admit(self._patience)
+        except PoolBusy as busy:
+            raise self._refused(busy, started) from busy.__cause__
         self._open(started)
 
     async def admit_async(self) -> None:
         """Async version of :meth:`admit`: waits on the event loop, without a thread."""
-        self._refuse_second_use()
-        started = monotonic()
+        started = self._start()
         try:
             if not self._gate.admit_at_once():
-                await self._gate.admit_async()
-        except PoolBusy:
-            self._tell_refused(started)
-            raise
+                await self._gate.admit_async(self._patience)
+        except PoolBusy as busy:
+            raise self._refused(busy, started) from busy.__cause__
         self._open(started)
 
     def commit(self) -> None:
@@ -158,19 +175,20 @@ class Unit(Generic[SessionT]):
 
         Objects stay readable afterwards: this last commit does not expire them. A
         read-only unit has nothing to commit and sends nothing. Raises
-        TransactionDoomed, CommitUnknown, SessionEnded, ReadOnlyUnit, and what
-        flush() and COMMIT raise.
+        TransactionDoomed, CommitUnknown, SessionEnded, ReadOnlyUnit, DeadlineExceeded, and
+        what flush() and COMMIT raise.
         """
         try:
             self._commit()
-        except PendingRollbackError as error:
-            self.rollback()
-            if isinstance(error, TransactionDoomed):
-                raise
-            raise self._doomed(error) from error
-        except BaseException:
-            self.rollback()
-            raise
+        except BaseException as error:
+            self._failure = self._meaning(error)
+            if self._failure is not None:
+                self.rollback()
+                if self._failure is error:
+                    raise
+                raise self._failure from error
+            # COMMIT was lost, and has happened: rollback() would expire what it stored.
+            _hooks.mark_committed(self._plain)
         self._committed = True
 
     def rollback(self) -> None:
@@ -181,6 +199,10 @@ class Unit(Generic[SessionT]):
         """
         if _overlap.is_in_use(self._plain):
             return  # close() waits for the other thread or task, and rolls back
+        timer = self._scope.timer
+        if timer is not None and timer.is_over:
+            self._cut_off()
+            return
         try:
             self._plain.rollback()
         except Exception:
@@ -205,6 +227,10 @@ class Unit(Generic[SessionT]):
         with suppress(Exception):
             connection.invalidate()
 
+    def failed(self, error: BaseException | None) -> None:
+        """Say that *error* has left the unit, which is to be rolled back for it."""
+        self._failure = error
+
     def close(self) -> None:
         """Give the connection and the slot back, then run the hooks that are due.
 
@@ -213,8 +239,7 @@ class Unit(Generic[SessionT]):
         that is inside a call of the session's.
         """
         if self._give_back():
-            assert self._session is not None
-            _hooks.run_due(self._session)
+            self._run_hooks()
 
     @staticmethod
     def end_all(units: "Collection[Unit[Any]]", how: "Callable[[Unit[Any]], None]") -> None:
@@ -236,7 +261,7 @@ class Unit(Generic[SessionT]):
         finally:
             closed = [unit for unit in units if unit._give_back()]
             for unit in closed:
-                _hooks.run_due(unit._plain)
+                unit._run_hooks()
 
     @staticmethod
     async def end_all_async(
@@ -265,10 +290,11 @@ class Unit(Generic[SessionT]):
         for unit in units:
             try:
                 unit._plain.flush()
-            except TransactionDoomed:
-                raise  # it says what failed
-            except PendingRollbackError as error:
-                raise unit._doomed(error) from error
+            except BaseException as error:
+                unit._failure = unit._meaning(error)
+                if unit._failure is error or unit._failure is None:
+                    raise
+                raise unit._failure from error
 
     def __enter__(self) -> SessionT:
         if self._given is not None:
@@ -291,6 +317,7 @@ class Unit(Generic[SessionT]):
             if exc_type is None:
                 self.commit()
             else:
+                self.failed(exc)
                 self.rollback()
         finally:
             self.close()
@@ -316,6 +343,48 @@ class Unit(Generic[SessionT]):
             raise _no_session()
         return self._session
 
+    @property
+    def _patience(self) -> float:
+        """Seconds for which the unit waits for its slot."""
+        timeout = self._gate.timeout
+        return timeout if self._deadline is None else min(timeout, self._deadline.remaining)
+
+    def _start(self) -> float:
+        """Begin to count the time; return when that was."""
+        self._refuse_second_use()
+        attempts, scope = self._attempts, self._scope
+        if attempts is not None:
+            self._deadline = attempts.deadline
+            scope.may_run_again = attempts.limit > 1
+        elif self._timeout is not None:
+            self._deadline = Deadline(self._timeout, scope.opened_at)
+        return monotonic()
+
+    def _refused(self, busy: PoolBusy, started: float) -> SessionScopeError:
+        """Return the error for a unit that got no slot."""
+        if self._source.telling.observers:
+            self._source.telling.tell(UnitRefused(self._opened_at, monotonic() - started))
+        deadline = self._deadline
+        return deadline.exceeded("queue") if deadline is not None and deadline.is_over else busy
+
+    def _meaning(self, error: BaseException) -> BaseException | None:
+        """Return what the failure of a flush or a commit means; ``None``: it did commit."""
+        if isinstance(error, CommitUnknown):
+            return self._source.resolve(error, self._scope)
+        if isinstance(error, PendingRollbackError) and not isinstance(error, TransactionDoomed):
+            return self._doomed(error)
+        return error
+
+    def _run_hooks(self) -> None:
+        """Run the hooks that are due, unless the unit is to run again."""
+        attempts, failure = self._attempts, self._failure
+        has_committed = self._committed or self._scope.has_committed
+        if attempts is not None and failure is not None and not has_committed:
+            if attempts.judge(failure):
+                _hooks.drop(self._plain)
+                return
+        _hooks.run_due(self._plain)
+
     def _refuse_second_use(self) -> None:
         if self._session is not None:
             raise InvalidRequestError("A unit is used once: make another one with begin()")
@@ -340,6 +409,9 @@ class Unit(Generic[SessionT]):
             _guards.leave(scope)
         scope.ended = True
         scope.connection = None
+        if scope.timer is not None:
+            scope.timer.end()
+            scope.timer = None
         if scope.is_async and self._session is not None:
             _watch.leave(self._session)
         used = monotonic() - self._admitted_at
@@ -353,6 +425,8 @@ class Unit(Generic[SessionT]):
         if _overlap.USER in session.__dict__:
             self._reset_once_left(session)
             return
+        if self._scope.timer is not None and self._scope.timer.is_over:
+            self._cut_off()
         try:
             # Not close(): that would make SQLAlchemy's own error hide SessionEnded.
             session.reset()
@@ -378,9 +452,23 @@ class Unit(Generic[SessionT]):
         with suppress(Exception):
             session.invalidate()
 
+    def _cut_off(self) -> None:
+        """Let the server roll back by closing the connection, which may answer too late."""
+        connection = self._scope.connection
+        if connection is None or self._source.options.is_memory:
+            self._plain.rollback()
+            return
+        with suppress(Exception):
+            connection.invalidate()
+
     def _open(self, started: float) -> None:
         self._is_open = True
         self._admitted_at = monotonic()
+        scope = self._scope
+        if self._deadline is not None:
+            scope.timer = Timer(self._deadline, is_async=scope.is_async)
+        if self._deadline is not None or scope.may_run_again:
+            scope.on_begin = _identity.begin
         try:
             open_session = self._source.open_plain if self._is_plain else self._source.open_session
             self._given, self._session = open_session(self._bind, self._scope)
@@ -413,11 +501,8 @@ class Unit(Generic[SessionT]):
         telling = self._source.telling
         if waited > _AT_ONCE:
             telling.tell(UnitWaited(self._opened_at, waited))
-        telling.tell(UnitBegan(self._opened_at, self._scope.read_only))
-
-    def _tell_refused(self, started: float) -> None:
-        if self._source.telling.observers:
-            self._source.telling.tell(UnitRefused(self._opened_at, monotonic() - started))
+        attempt = self._attempts.number if self._attempts is not None else 1
+        telling.tell(UnitBegan(self._opened_at, self._scope.read_only, attempt))
 
     def _log_failure(self, what: str) -> None:
         _log.warning(

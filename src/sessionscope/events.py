@@ -13,6 +13,7 @@ __all__ = [
     "UnitBegan",
     "UnitEnded",
     "UnitRefused",
+    "UnitRetried",
     "UnitWaited",
 ]
 
@@ -35,6 +36,7 @@ class Stats:
     committed: int
     rolled_back: int
     refused: int
+    retried: int
     longest_wait: float
     longest_use: float
 
@@ -65,9 +67,10 @@ class UnitRefused(Event):
 
 @dataclass(frozen=True, slots=True)
 class UnitBegan(Event):
-    """A unit was admitted and its session made."""
+    """A unit was admitted and its session made, for its first ``attempt`` or a later one."""
 
     read_only: bool
+    attempt: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +78,18 @@ class UnitEnded(Event):
     """A unit ended, ``seconds`` after it had begun, and its connection is back."""
 
     outcome: Outcome
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class UnitRetried(Event):
+    """Attempt number ``attempt`` has failed with an ``error`` of this class.
+
+    The next one begins after a pause of ``seconds``.
+    """
+
+    attempt: int
+    error: str
     seconds: float
 
 

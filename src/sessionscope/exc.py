@@ -6,6 +6,7 @@
     ├── DatabaseUnavailable     [sqlalchemy.exc.OperationalError]
     ├── TransactionDoomed       [sqlalchemy.exc.PendingRollbackError]
     ├── CommitUnknown
+    ├── DeadlineExceeded        [TimeoutError]
     ├── SessionEnded            [sqlalchemy.exc.InvalidRequestError]
     ├── SessionShared           [sqlalchemy.exc.InvalidRequestError]
     ├── ReadOnlyUnit            [sqlalchemy.exc.InvalidRequestError]
@@ -18,7 +19,7 @@ In brackets: the SQLAlchemy error, or the warning, that each one also is, so tha
 existing ``except`` clause or filter still catches it.
 """
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from sqlalchemy import exc as sa_exc
 
@@ -26,6 +27,7 @@ __all__ = [
     "CommitUnknown",
     "ConfigurationError",
     "DatabaseUnavailable",
+    "DeadlineExceeded",
     "IdleInTransactionWarning",
     "NestedUnit",
     "PoolBusy",
@@ -68,11 +70,12 @@ class DatabaseUnavailable(SessionScopeError, sa_exc.OperationalError):
     """No connection to the database could be opened.
 
     ``orig`` is the driver's error, ``retry_after`` the number of seconds after which a
-    new attempt makes sense.
+    new attempt makes sense, ``is_transient`` whether it does without a change of settings.
     """
 
     error_code = "database_unavailable"
     retry_after: float = 1.0
+    is_transient: bool = True
 
     def __init__(self, message: str, orig: BaseException | None = None) -> None:
         # DBAPIError would put the driver's text in front of ours.
@@ -92,9 +95,27 @@ class TransactionDoomed(SessionScopeError, sa_exc.PendingRollbackError):
 
 
 class CommitUnknown(SessionScopeError):
-    """The connection was lost during COMMIT: the database may have committed, or not."""
+    """The connection was lost during COMMIT: the database may have committed, or not.
+
+    ``lost`` is SQLAlchemy's error of the lost connection.
+    """
 
     error_code = "commit_unknown"
+    lost: BaseException | None = None
+
+
+Phase = Literal["queue", "connect", "query", "commit"]
+
+
+class DeadlineExceeded(SessionScopeError, TimeoutError):
+    """The ``timeout`` of a unit of work ran out; what it had not committed is rolled back.
+
+    ``phase`` says where: in the queue for a slot, while connecting, at a statement, or
+    before COMMIT was sent.
+    """
+
+    error_code = "deadline_exceeded"
+    phase: Phase = "query"
 
 
 class SessionEnded(SessionScopeError, sa_exc.InvalidRequestError):

@@ -1,0 +1,196 @@
+"""Identity: what a transaction is called by its server, so that its outcome can be asked for.
+
+And what else travels to the server together with BEGIN, for no round trip more: the
+limit of time for each of its statements. PostgreSQL answers a lost COMMIT with
+``pg_xact_status()``, which needs the transaction's id; an id that is
+fetched with COMMIT is lost with it, so it is asked for at the beginning.
+"""
+
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Connection
+from sqlalchemy.pool import PoolProxiedConnection
+from sqlalchemy.util import await_only
+
+from sessionscope._guards import Scope
+
+# Of libpq: the command has failed, its last one has returned rows, and the connection is idle.
+_PGRES_FATAL_ERROR, _PGRES_TUPLES_OK, _PQTRANS_IDLE = 7, 2, 0
+
+# Key in a connection's info of the server that it leads to.
+_SERVER = "sessionscope.server"
+_SAYS_ID = "sessionscope transaction "
+
+# An id means something on its server and timeline only: after a failover another
+# transaction may have it. On a standby there is none to be had.
+_WHICH_SERVER = (
+    "SELECT system_identifier || '/' || timeline_id FROM pg_control_system(), "
+    "pg_control_checkpoint() WHERE NOT pg_is_in_recovery() "
+    "AND EXISTS (SELECT FROM pg_language WHERE lanname = 'plpgsql')"
+)
+_ID = "SELECT pg_current_xact_id()"
+# asyncpg drops the rows of a simple query, and hands on what the server reports.
+_TELL_ID = f"DO $$BEGIN RAISE INFO '{_SAYS_ID}%', pg_current_xact_id(); END$$"
+_OUTCOME = "SELECT pg_xact_status('{}'::xid8), server FROM ({}) AS here(server)"
+# Its session may still be there, waiting for a standby or for a client that is gone.
+_END_BACKEND = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid = {} AND backend_xid = '{}'::xid8::xid"
+
+
+@dataclass(slots=True)
+class Identity:
+    """A transaction of PostgreSQL: its server and timeline, its backend, its 64-bit id."""
+
+    server: str
+    backend: int
+    xid: int | None = None
+
+    @property
+    def ask_outcome(self) -> str:
+        """The query for what became of it, and for the server that says so."""
+        return _OUTCOME.format(self.xid, _WHICH_SERVER)
+
+    @property
+    def end_backend(self) -> str:
+        """The query that ends its session, if that is still at this transaction."""
+        return _END_BACKEND.format(self.backend, self.xid)
+
+
+# Sends BEGIN for a unit and a limit in milliseconds, or has the driver send that with its own.
+_Begin = Callable[[Scope, PoolProxiedConnection, int | None], None]
+
+
+def begin(scope: Scope, connection: Connection) -> None:
+    """Begin the transaction of a unit that has a deadline, or may run again.
+
+    Where nothing can be sent with BEGIN, or that fails, the driver begins as ever.
+    """
+    timer = scope.timer
+    if timer is not None:
+        timer.use(connection)
+    send = _BEGINS.get((connection.dialect.name, connection.dialect.driver))
+    if send is None or scope.autocommit:
+        return
+    limit = None if timer is None else max(1, int(timer.deadline.remaining * 1000))
+    try:
+        send(scope, connection.connection, limit)
+    except BaseException:
+        connection.invalidate()  # what it was sent may still be answered
+        raise
+
+
+def _with_libpq(scope: Scope, proxied: PoolProxiedConnection, limit: int | None) -> None:
+    driver: Any = proxied.driver_connection
+    libpq = driver.pgconn
+    if driver.autocommit or libpq.transaction_status != _PQTRANS_IDLE:
+        return
+    send = _send_async if scope.is_async else _send
+    identity = scope.identity = _identity(
+        scope, proxied, libpq.backend_pid, lambda: _value(send(driver, _WHICH_SERVER))
+    )
+    command = "; ".join([_begin_like(driver), *_settings(limit), *([_ID] if identity else ())])
+    result = send(driver, command)
+    if result.status == _PGRES_FATAL_ERROR and libpq.transaction_status != _PQTRANS_IDLE:
+        send(driver, "ROLLBACK")  # if the connection is lost, the next statement says so
+    elif identity is not None and (xid := _value(result)):
+        identity.xid = int(xid)
+
+
+def _identity(
+    scope: Scope, proxied: PoolProxiedConnection, backend: int, ask: Callable[[], str | None]
+) -> Identity | None:
+    """Return what is known of the transaction before it begins; a server is asked once."""
+    if not scope.may_run_again:
+        return None
+    info = proxied.info
+    if _SERVER not in info:
+        info[_SERVER] = ask()
+    return Identity(info[_SERVER], backend) if info[_SERVER] else None
+
+
+def _settings(limit: int | None) -> list[str]:
+    return [f"SET LOCAL statement_timeout = {limit}"] if limit is not None else []
+
+
+def _begin_like(driver: Any) -> str:
+    """Return the BEGIN that psycopg would send."""
+    parts = ["BEGIN"]
+    if driver.isolation_level is not None:
+        parts.append(f"ISOLATION LEVEL {driver.isolation_level.name.replace('_', ' ')}")
+    if driver.read_only is not None:
+        parts.append("READ ONLY" if driver.read_only else "READ WRITE")
+    if driver.deferrable is not None:
+        parts.append("DEFERRABLE" if driver.deferrable else "NOT DEFERRABLE")
+    return " ".join(parts)
+
+
+def _send(driver: Any, command: str) -> Any:
+    # psycopg's own execute() would send a BEGIN of its own before this one.
+    return driver.pgconn.exec_(command.encode())
+
+
+def _send_async(driver: Any, command: str) -> Any:
+    driver.pgconn.send_query(command.encode())
+    generators = sys.modules["psycopg.generators"]
+    return await_only(driver.wait(generators.execute(driver.pgconn)))[-1]
+
+
+def _value(result: Any) -> str | None:
+    """Return the first value of a result that has one."""
+    if result.status != _PGRES_TUPLES_OK or not result.ntuples:
+        return None
+    return str(result.get_value(0, 0).decode())
+
+
+def _with_asyncpg(scope: Scope, proxied: PoolProxiedConnection, limit: int | None) -> None:
+    driver: Any = proxied.driver_connection
+    if not hasattr(driver, "riders") or driver.is_in_transaction():
+        return
+    identity = scope.identity = _identity(
+        scope, proxied, driver.get_server_pid(), lambda: await_only(_fetch_server(driver))
+    )
+    driver.riders = "; ".join([*_settings(limit), *([_TELL_ID] if identity else ())])
+    driver.scope = scope
+
+
+async def _fetch_server(driver: Any) -> str | None:
+    with suppress(Exception):  # what only speaks PostgreSQL's protocol has no such functions
+        server: str | None = await driver.fetchval(_WHICH_SERVER)
+        return server
+    return None
+
+
+def with_riders(connection_class: type[Any]) -> type[Any]:
+    """Return a class of asyncpg's connections that send with BEGIN what a unit has for it."""
+
+    class Connection(connection_class):  # type: ignore[misc]  # asyncpg's, or the user's
+        riders = ""
+        scope: Scope | None = None
+        identity: Identity | None = None
+
+        async def execute(self, query: str, *args: Any, timeout: float | None = None) -> str:
+            scope, self.scope = self.scope, None
+            if scope is not None and not scope.ended and query.startswith("BEGIN"):
+                query = f"{query} {self.riders}"
+                if scope.identity is not None:
+                    self.identity = scope.identity
+                    self.add_log_listener(_hear)
+            result: str = await super().execute(query, *args, timeout=timeout)
+            return result
+
+    return Connection
+
+
+def _hear(connection: Any, message: Any) -> None:
+    if message.message.startswith(_SAYS_ID) and connection.identity is not None:
+        connection.identity.xid = int(message.message.removeprefix(_SAYS_ID))
+
+
+_BEGINS: dict[tuple[str, str], _Begin] = {
+    ("postgresql", "psycopg"): _with_libpq,
+    ("postgresql", "psycopg_async"): _with_libpq,
+    ("postgresql", "asyncpg"): _with_asyncpg,
+}

@@ -1,0 +1,128 @@
+"""One deadline for a unit of work: in the queue, while connecting, at statements, at the commit."""
+
+import threading
+from collections.abc import Iterator
+from time import monotonic
+
+import pytest
+from sqlalchemy import make_url, select, text
+from sqlalchemy.orm import Session
+
+from sessionscope import Database
+from sessionscope.exc import CommitUnknown, ConfigurationError, DeadlineExceeded
+from sessionscope.testing._fault_proxy import FaultProxy
+from tests.models import Item, create_tables, names
+
+
+@pytest.fixture
+def proxy(postgres_url: str) -> Iterator[FaultProxy]:
+    url = make_url(postgres_url)
+    assert url.host is not None
+    assert url.port is not None
+    with FaultProxy(url.host, url.port) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def behind(postgres_url: str, proxy: FaultProxy) -> Iterator[Database]:
+    """The same database behind the proxy."""
+    with Database(postgres_url) as database:
+        create_tables(database)
+    with Database(proxy.through(postgres_url)) as database:
+        yield database
+
+
+SLEEP = {
+    "postgresql": "SELECT pg_sleep(30)",
+    "mysql": "SELECT SLEEP(30)",
+    "sqlite": "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT max(i) FROM n",
+}
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+def test_a_statement_that_takes_too_long_is_cancelled(database: Database, read_only: bool) -> None:
+    sleep = text(SLEEP[database.engine.dialect.name])
+    started = monotonic()
+    with (
+        pytest.raises(DeadlineExceeded) as error,
+        database.begin(timeout=0.3, read_only=read_only) as session,
+    ):
+        session.execute(sleep)
+    assert error.value.phase == "query"
+    assert monotonic() - started < 5
+    assert names(database) == []
+
+
+def test_a_silent_server_does_not_hold_a_thread(behind: Database, proxy: FaultProxy) -> None:
+    """A18: without a deadline such a call hangs for ever, with every keep-alive in place."""
+    behind.ping()
+    with pytest.raises(DeadlineExceeded) as error, behind.begin(timeout=0.3) as session:
+        session.execute(select(1))
+        proxy.go_silent()
+        started = monotonic()
+        session.execute(select(1))
+    assert error.value.phase == "query"
+    assert monotonic() - started < 5
+    proxy.heal()
+    behind.ping()
+
+
+def test_a_silent_server_does_not_hold_who_connects(behind: Database, proxy: FaultProxy) -> None:
+    proxy.go_silent()
+    with pytest.raises(DeadlineExceeded) as error, behind.begin(timeout=0.3) as session:
+        session.execute(select(1))
+    assert error.value.phase == "connect"
+
+
+def test_a_commit_that_is_not_answered_is_unknown(behind: Database, proxy: FaultProxy) -> None:
+    proxy.aim("hang", b"COMMIT")
+    with pytest.raises(CommitUnknown), behind.begin(timeout=0.3) as session:
+        session.add(Item(name="pear"))
+    proxy.heal()
+
+
+def test_a_unit_that_is_late_does_not_commit(database: Database) -> None:
+    over = threading.Event()
+    with pytest.raises(DeadlineExceeded) as error, database.begin(timeout=0.2) as session:
+        session.add(Item(name="pear"))
+        session.flush()
+        over.wait(0.3)
+    assert error.value.phase == "commit"
+    assert names(database) == []
+
+
+def test_the_queue_counts(postgres_url: str) -> None:
+    with Database(postgres_url, pool_size=1, max_overflow=0) as database:
+        inside, leave = threading.Event(), threading.Event()
+
+        def hold() -> None:
+            with database.begin():
+                inside.set()
+                leave.wait(10)
+
+        holder = threading.Thread(target=hold)
+        holder.start()
+        inside.wait(10)
+        with pytest.raises(DeadlineExceeded) as error, database.begin(timeout=0.1):
+            pass
+        assert error.value.phase == "queue"
+        leave.set()
+        holder.join()
+
+
+def test_the_server_is_told(postgres: Database) -> None:
+    """It ends the statement also if this process cannot."""
+    with postgres.begin(timeout=30) as session:
+        limit = session.scalar(text("SELECT current_setting('statement_timeout')"))
+    told = postgres.engine.dialect.driver != "psycopg2"
+    assert (limit != "0") is told
+    with postgres.begin() as session:
+        assert session.scalar(text("SELECT current_setting('statement_timeout')")) == "0"
+
+
+@pytest.mark.parametrize("timeout", [0, -1, "5", True, float("nan")])
+def test_a_timeout_that_is_none_is_refused(timeout: float) -> None:
+    with pytest.raises(ConfigurationError, match="timeout"):
+        Database("sqlite://", timeout=timeout)
+    with pytest.raises(ConfigurationError, match="timeout"):
+        Database("sqlite://").begin(timeout=timeout)
