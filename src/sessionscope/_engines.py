@@ -11,6 +11,7 @@ from sqlalchemy import exc as sa_exc
 from sessionscope import _sqlite
 from sessionscope._async_backends import AsyncBackends
 from sessionscope._backends import Backends
+from sessionscope._identity import let_ride
 from sessionscope._liveness import keep_alive
 from sessionscope._options import Options, missing_driver
 from sessionscope._pool import (
@@ -61,6 +62,7 @@ class Engines:
                 _sqlite.prepare_file(engine, writes=engine is self.write)
             else:
                 keep_alive(engine)
+                let_ride(engine)
             assert isinstance(engine.pool, (SharedQueuePool, CountedNullPool))
             engine.pool.share(self.backends)
         make_read_only(self.read)

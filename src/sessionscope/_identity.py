@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, Engine, event
 from sqlalchemy.pool import PoolProxiedConnection
 from sqlalchemy.util import await_only
 
@@ -163,8 +163,22 @@ async def _fetch_server(driver: Any) -> str | None:
     return None
 
 
-def with_riders(connection_class: type[Any]) -> type[Any]:
-    """Return a class of asyncpg's connections that send with BEGIN what a unit has for it."""
+def let_ride(engine: Engine) -> None:
+    """Let connections of asyncpg send with their BEGIN what a unit has for it."""
+    if engine.dialect.driver != "asyncpg":
+        return
+    classes: dict[type[Any], type[Any]] = {}
+
+    def connecting(dialect: object, record: object, args: object, kwargs: dict[str, Any]) -> None:
+        given = kwargs.get("connection_class", sys.modules["asyncpg"].Connection)
+        if given not in classes:
+            classes[given] = _with_riders(given)
+        kwargs["connection_class"] = classes[given]
+
+    event.listen(engine, "do_connect", connecting)
+
+
+def _with_riders(connection_class: type[Any]) -> type[Any]:
 
     class Connection(connection_class):  # type: ignore[misc]  # asyncpg's, or the user's
         riders = ""
