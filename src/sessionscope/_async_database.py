@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.util import greenlet_spawn
 
 from sessionscope._async_source import AsyncSessionT, AsyncSource, create_engine
+from sessionscope._credentials import Credentials
 from sessionscope._entry import async_entry_point, finished, is_async
 from sessionscope._options import Options, check_timeout, read_url, url_from_env
 from sessionscope._places import caller, place_of
@@ -96,6 +97,7 @@ class AsyncDatabase(Generic[AsyncSessionT]):
         pool_timeout: float = 5.0,
         max_waiting: int | None = None,
         timeout: float | None = None,
+        credentials: Credentials | None = None,
         isolation_level: str | None = None,
         session_class: type[AsyncSessionT] = AsyncSession,  # type: ignore[assignment]  # a TypeVar's default
         engine_options: Mapping[str, Any] | None = None,
@@ -109,6 +111,7 @@ class AsyncDatabase(Generic[AsyncSessionT]):
             pool_timeout=pool_timeout,
             max_waiting=max_waiting,
             timeout=timeout,
+            credentials=credentials,
             isolation_level=isolation_level,
             session_class=session_class,
             session_base=AsyncSession,

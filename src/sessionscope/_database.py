@@ -10,6 +10,7 @@ from sqlalchemy import URL, Engine, literal, select
 from sqlalchemy.orm import Session, sessionmaker
 from typing_extensions import TypeVar as TypeVarWithDefault
 
+from sessionscope._credentials import Credentials
 from sessionscope._entry import entry_point, finished
 from sessionscope._options import Options, check_timeout, read_url, url_from_env
 from sessionscope._places import caller, place_of
@@ -66,6 +67,7 @@ class Database(Generic[SessionT]):
         pool_timeout: float = 5.0,
         max_waiting: int | None = None,
         timeout: float | None = None,
+        credentials: Credentials | None = None,
         isolation_level: str | None = None,
         session_class: type[SessionT] = Session,  # type: ignore[assignment]  # a TypeVar's default
         engine_options: Mapping[str, Any] | None = None,
@@ -79,6 +81,7 @@ class Database(Generic[SessionT]):
             pool_timeout=pool_timeout,
             max_waiting=max_waiting,
             timeout=timeout,
+            credentials=credentials,
             isolation_level=isolation_level,
             session_class=session_class,
             session_base=Session,

@@ -11,6 +11,7 @@ from sqlalchemy import exc as sa_exc
 from sessionscope import _sqlite
 from sessionscope._async_backends import AsyncBackends
 from sessionscope._backends import Backends
+from sessionscope._credentials import ask_for_credentials
 from sessionscope._identity import let_ride
 from sessionscope._liveness import keep_alive
 from sessionscope._options import Options, missing_driver
@@ -63,6 +64,8 @@ class Engines:
             else:
                 keep_alive(engine)
                 let_ride(engine)
+            if options.credentials is not None:
+                ask_for_credentials(engine, options.credentials)
             assert isinstance(engine.pool, (SharedQueuePool, CountedNullPool))
             engine.pool.share(self.backends)
         make_read_only(self.read)

@@ -11,6 +11,7 @@ from sqlalchemy import exc as sa_exc
 from sqlalchemy.engine.interfaces import Dialect
 from sqlalchemy.pool import NullPool, QueuePool, StaticPool
 
+from sessionscope._credentials import Credentials
 from sessionscope.exc import ConfigurationError
 
 # SQLAlchemy's names; each database takes those it knows.
@@ -59,6 +60,7 @@ class Options:
     pool_timeout: float
     max_waiting: int | None
     timeout: float | None
+    credentials: Credentials | None = field(repr=False)
     isolation_level: str | None
     session_class: type[Any]
     session_base: type[Any]
@@ -73,6 +75,11 @@ class Options:
         if self.max_waiting is not None:
             _check_number("max_waiting", self.max_waiting, at_least=0)
         check_timeout(self.timeout)
+        if self.credentials is not None and not callable(self.credentials):
+            raise ConfigurationError(
+                "credentials must be a function that returns a password, or a user and a password: "
+                "a password that never changes belongs into the URL"
+            )
         session_class, base = cast(object, self.session_class), self.session_base
         if not (isinstance(session_class, type) and issubclass(session_class, base)):
             raise ConfigurationError(
