@@ -28,6 +28,9 @@ from sessionscope.exc import CommitUnknown, DatabaseUnavailable, TransactionDoom
 
 _COMMITTING = "sessionscope.committing"
 
+# What the next user of a connection must not find in its info.
+_OF_ONE_USER = (UNIT, SUSPECT, LOST, _COMMITTING)
+
 # What failed earlier in the transaction: the statement and the error.
 _Suspect = tuple[str | None, BaseException]
 
@@ -46,9 +49,11 @@ def verify_commits(engine: Engine, database: str) -> None:
             # Raising alone would give the open transaction back to the pool.
             dialect.do_rollback(proxied)
             raise error
-        proxied.info[_COMMITTING] = True
-        send_commit(proxied)
-        del proxied.info[_COMMITTING]
+        info = proxied.info
+        info[_COMMITTING] = True
+        # Not through the proxy, which looks its methods up the slow way.
+        send_commit(proxied.dbapi_connection)  # type: ignore[arg-type]  # it is connected
+        del info[_COMMITTING]
 
     def do_begin(proxied: PoolProxiedConnection) -> None:
         send_begin(proxied)
@@ -66,10 +71,9 @@ def verify_commits(engine: Engine, database: str) -> None:
 
     def returned(dbapi_connection: object, record: ConnectionPoolEntry) -> None:
         info = record.info
-        info.pop(UNIT, None)
-        info.pop(SUSPECT, None)
-        info.pop(LOST, None)
-        info.pop(_COMMITTING, None)
+        for key in _OF_ONE_USER:
+            if key in info:  # a third of the price of pop()
+                del info[key]
 
     # Any listener on an Engine makes each Connection build a dispatcher for every
     # event that it passes, which costs a read unit a third of its instructions.

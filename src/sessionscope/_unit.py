@@ -79,7 +79,8 @@ class Unit(Generic[SessionT]):
         opened_at: Place | None = None,
         plain: bool = False,
     ) -> None:
-        check_isolation_level(isolation_level)
+        if isolation_level is not None:
+            check_isolation_level(isolation_level)
         source = database._source  # pyright: ignore[reportPrivateUsage]  # its own half
         self._source = source
         self._scope = Scope(
@@ -132,7 +133,9 @@ class Unit(Generic[SessionT]):
         Opens no connection: that happens at the first statement. Raises PoolBusy,
         NestedUnit.
         """
-        self._refuse_second_use()
+        if self._session is not None:
+            raise _used_twice()
+        _guards.refuse_nested(self._scope, self._source.name, self._source.options)
         started = monotonic()
         try:
             self._gate.admit()
@@ -143,7 +146,9 @@ class Unit(Generic[SessionT]):
 
     async def admit_async(self) -> None:
         """Async version of :meth:`admit`: waits on the event loop, without a thread."""
-        self._refuse_second_use()
+        if self._session is not None:
+            raise _used_twice()
+        _guards.refuse_nested(self._scope, self._source.name, self._source.options)
         started = monotonic()
         try:
             if not self._gate.admit_at_once():
@@ -272,7 +277,7 @@ class Unit(Generic[SessionT]):
 
     def __enter__(self) -> SessionT:
         if self._given is not None:
-            self._refuse_second_use()
+            raise _used_twice()
         try:
             self.admit()
             assert self._given is not None
@@ -315,11 +320,6 @@ class Unit(Generic[SessionT]):
         if self._session is None:
             raise _no_session()
         return self._session
-
-    def _refuse_second_use(self) -> None:
-        if self._session is not None:
-            raise InvalidRequestError("A unit is used once: make another one with begin()")
-        _guards.refuse_nested(self._scope, self._source.name, self._source.options)
 
     def _give_back(self) -> bool:
         """Close the session and free the slot; return whether there was something to close."""
@@ -449,6 +449,10 @@ class Unit(Generic[SessionT]):
             "work, or flush in a savepoint and catch the error outside of it: "
             "with session.begin_nested(): ..."
         )
+
+
+def _used_twice() -> InvalidRequestError:
+    return InvalidRequestError("A unit is used once: make another one with begin()")
 
 
 def _no_session() -> InvalidRequestError:
