@@ -9,7 +9,7 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-from sqlalchemy import make_url, select
+from sqlalchemy import make_url, select, text
 from sqlalchemy.ext.asyncio import AsyncSession
 
 import sessionscope
@@ -24,6 +24,7 @@ from tests.async_drivers import (
     on_uvloop_too,
     through,
 )
+from tests.forks import answer_of_a_child
 from tests.models import Item
 
 
@@ -59,6 +60,28 @@ async def test_a_server_that_was_restarted_is_reconnected_to(
         for read_only in (False, True):
             async with database.begin(read_only=read_only) as session:
                 assert await backend_id(session) != before
+
+
+@pytest.mark.parametrize("driver", ["psycopg", "asyncpg"])
+def test_a_forked_child_does_not_count_what_it_inherited(postgres_url: str, driver: str) -> None:
+    """Once its pool is emptied, as SQLAlchemy has it, all connections are its own."""
+    url = make_url(postgres_url).set(drivername=f"postgresql+{driver}")
+    database = AsyncDatabase(url, pool_size=1, max_overflow=0, pool_timeout=0.1)
+
+    async def select_one() -> object:
+        async with database.begin() as session:
+            return await session.scalar(text("SELECT 'served'"))
+
+    def in_child() -> object:
+        database.engine.sync_engine.dispose(close=False)
+        return asyncio.run(select_one())
+
+    with asyncio.Runner() as runner:
+        session = database.sessionmaker()
+        runner.run(session.execute(text("SELECT 1")))
+        assert answer_of_a_child(in_child) == "served"
+        runner.run(session.close())
+        runner.run(database.dispose())
 
 
 @pytest.fixture(scope="module")

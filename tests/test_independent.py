@@ -51,12 +51,29 @@ def test_it_may_be_rolled_back_alone(database: Database) -> None:
 
 
 @on_sync_servers
-def test_it_may_stand_alone_and_read_only(database: Database) -> None:
+def test_it_may_stand_alone_and_read_only(url: str) -> None:
+    """Over the connection in reserve, where users of .engine have all others."""
+    with Database(url, pool_size=1, max_overflow=0, pool_timeout=0) as database:
+        create_plainly(database)
+        with database.engine.connect() as connection:
+            connection.execute(text("SELECT 1"))
+            with database.begin(independent=True) as session:
+                session.add(Item(name="kept"))
+            with (
+                pytest.raises(ReadOnlyUnit),
+                database.begin(independent=True, read_only=True) as session,
+            ):
+                session.add(Item(name="refused"))
+        assert plain_names(database) == ["kept"]
+
+
+@on_sync_servers
+def test_the_connection_in_reserve_is_counted_while_it_is_idle(database: Database) -> None:
+    database.dispose()
     with database.begin(independent=True) as session:
-        session.add(Item(name="kept"))
-    with pytest.raises(ReadOnlyUnit), database.begin(independent=True, read_only=True) as session:
-        session.add(Item(name="refused"))
-    assert plain_names(database) == ["kept"]
+        session.execute(text("SELECT 1"))
+        assert database.stats().idle == 0
+    assert database.stats().idle == 1
 
 
 @on_sync_servers

@@ -11,8 +11,11 @@ from sqlalchemy import exc as sa_exc
 from sqlalchemy.pool import NullPool, QueuePool
 
 from sessionscope import Database, _liveness
+from sessionscope._backends import Backends
+from sessionscope._signal import Signal
 from sessionscope.exc import PoolBusy
 from sessionscope.testing import PostgresServer
+from tests.forks import answer_of_a_child
 from tests.models import Item, create_tables, names
 
 BACKENDS = text(
@@ -98,6 +101,59 @@ def test_a_plain_connection_gets_the_place_that_the_other_engine_gives_back(
         connection = reader.result(10)
         connection.close()
     second.close()
+
+
+class SlowlyClosed:
+    """A pool with idle connections, which the server has not closed when their close() returns."""
+
+    def __init__(self) -> None:
+        self.closing = 0
+
+    def close_one_idle(self) -> bool:
+        self.closing += 1
+        return self.closing <= 5  # it is empty then
+
+
+def test_one_idle_connection_is_closed_for_one_checkout() -> None:
+    """However long the server takes: the checkout waits for that one."""
+    pool = SlowlyClosed()
+    backends = Backends(2, lambda: 0, lambda: [pool], Signal())
+    backends.take(0)
+    backends.take(0)
+    with pytest.raises(PoolBusy):
+        backends.take(0.01)
+    assert pool.closing == 1
+    backends.give_back()
+    backends.take(0)
+
+
+def test_a_place_that_somebody_else_took_costs_another_idle_connection() -> None:
+    class Stolen(SlowlyClosed):
+        def close_one_idle(self) -> bool:
+            backends.give_back()
+            if not self.closing:
+                backends.take(0)
+            return super().close_one_idle()
+
+    pool = Stolen()
+    backends = Backends(1, lambda: 0, lambda: [pool], Signal())
+    backends.take(0)
+    backends.take(0)
+    assert pool.closing == 2
+
+
+def test_a_forked_child_does_not_count_what_it_inherited(postgres_url: str) -> None:
+    """Once its pool is emptied, as SQLAlchemy has it, all connections are its own."""
+    with Database(postgres_url, pool_size=1, max_overflow=0, pool_timeout=0.1) as database:
+
+        def in_child() -> object:
+            database.engine.dispose(close=False)
+            with database.begin() as session:
+                return session.scalar(text("SELECT 'served'"))
+
+        with database.engine.connect() as connection:
+            connection.execute(text("SELECT 1"))
+            assert answer_of_a_child(in_child) == "served"
 
 
 def test_dispose_keeps_the_bound_and_the_database_usable(small: Database) -> None:

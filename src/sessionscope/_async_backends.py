@@ -31,8 +31,9 @@ _INTERRUPTING = 1.0
 class AsyncBackends(Backends):
     """Async version of :class:`Backends`, called from SQLAlchemy's greenlets."""
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
+    def forget(self) -> None:
+        """Start anew with no connection and no task: what a forked child must do."""
+        super().forget()
         self._loops: dict[int, asyncio.AbstractEventLoop] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
 

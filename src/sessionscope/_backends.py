@@ -7,6 +7,7 @@ the server may still run what a cancelled unit of work has asked of it.
 import os
 import socket
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from contextlib import suppress
@@ -42,10 +43,17 @@ class Backends:
     ) -> None:
         self.limit = limit
         self.signal = signal
-        self.count = 0
         self._demand = demand
         self._pools = pools
+        self.forget()
+        _all.add(self)
+
+    def forget(self) -> None:
+        """Start anew with no connection: what a forked child must do."""
         self._lock = threading.Lock()
+        self.count = 0
+        self._freed = 0
+        self.signal.forget()
 
     def is_in_demand(self) -> bool:
         """Return whether as many units run or wait as there are connections."""
@@ -131,11 +139,15 @@ class Backends:
     def take(self, timeout: float) -> None:
         """Take the place of a connection that is about to be opened."""
         deadline = monotonic() + timeout
+        closing_since = None
         while True:
             seen = self.signal.changes
             if self._take_at_once():
                 return
-            if any(pool.close_one_idle() for pool in self._pools()):
+            # One is enough, however long its server takes, until somebody else has its place.
+            freed = self._freed
+            if freed != closing_since and any(pool.close_one_idle() for pool in self._pools()):
+                closing_since = freed
                 continue
             if not self.signal.wait(seen, deadline - monotonic()):
                 raise self.busy(timeout)
@@ -150,7 +162,8 @@ class Backends:
     def give_back(self) -> None:
         """Free the place of a connection that is gone."""
         with self._lock:
-            self.count -= 1
+            self.count = max(0, self.count - 1)  # one that was open across a fork is not ours
+            self._freed += 1
         self.signal.notify()
 
     def _take_at_once(self) -> bool:
@@ -159,6 +172,18 @@ class Backends:
                 return False
             self.count += 1
             return True
+
+
+_all: weakref.WeakSet[Backends] = weakref.WeakSet()
+
+
+def _forget_all() -> None:
+    for backends in _all:
+        backends.forget()
+
+
+if hasattr(os, "register_at_fork"):  # Windows has no fork
+    os.register_at_fork(after_in_child=_forget_all)
 
 
 def keep_socket(driver_connection: Any) -> socket.socket | None:

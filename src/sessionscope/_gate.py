@@ -281,7 +281,8 @@ class Gate:
 
     def _pass_on(self) -> None:
         """Hand a slot that has come free to the next in the queue."""
-        while queue := self._next_queue():
+        while self._threads or self._tasks:
+            queue = self._next_queue()
             waiter = queue.popleft()
             waiter.granted = waiter.wake()
             if waiter.granted:

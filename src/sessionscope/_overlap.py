@@ -68,14 +68,16 @@ def _guarded(method: Callable[..., Any], current_user: Callable[[], _User]) -> C
         state = self.__dict__
         me = current_user()
         if state.get(USER) == me:  # from inside of a call of its own
-            return method(self, *args, **kwargs)
+            # Without the dictionary, where it is empty: this runs before every statement.
+            return method(self, *args, **kwargs) if kwargs else method(self, *args)
         user = state.setdefault(USER, me)  # one step: no other thread comes in between
         if user != me:
             raise _shared(self, name, user)
         try:
-            if _LAST in state and monotonic() - state[_LAST][0] > IDLE_SECONDS:
-                warn_of_idleness(self, *state[_LAST])
-            return method(self, *args, **kwargs)
+            last = state.get(_LAST)
+            if last is not None and monotonic() - last[0] > IDLE_SECONDS:
+                warn_of_idleness(self, *last)
+            return method(self, *args, **kwargs) if kwargs else method(self, *args)
         finally:
             state[_LAST] = monotonic(), name, args[:1]  # not what was sent with it
             del state[USER]

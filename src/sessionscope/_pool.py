@@ -218,8 +218,7 @@ class MemoryPool(_CountedPool, pool.StaticPool):
         self.backends.signal.notify()
 
     def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
-        super()._do_return_conn(record)
-        self._release()
+        self._release()  # it stays where it is
 
     def _close_connection(self, connection: DBAPIConnection, *, terminate: bool = False) -> None:
         if terminate and "connection" in self.__dict__:

@@ -12,6 +12,10 @@ class Signal:
 
     def __init__(self) -> None:
         self.changes = 0
+        self.forget()
+
+    def forget(self) -> None:
+        """Start anew with no one waiting: what a forked child must do."""
         self._waiting = 0
         # Re-entrant: the garbage collector may return a connection while this thread is in here.
         self._changed = threading.Condition(threading.RLock())
@@ -37,8 +41,9 @@ class Signal:
 class AsyncSignal(Signal):
     """Wakes the tasks that wait, on whichever event loop; called from SQLAlchemy's greenlets."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def forget(self) -> None:
+        """Start anew with no one waiting: what a forked child must do."""
+        super().forget()
         self._futures: set[asyncio.Future[None]] = set()
 
     def notify(self) -> None:

@@ -1,9 +1,8 @@
 """Source: what all units of work of one Database share."""
 
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from time import monotonic, sleep
-from types import MappingProxyType
 from typing import Any, Generic
 
 from sqlalchemy import Engine, create_engine
@@ -26,8 +25,6 @@ from sessionscope.events import Observer, SessionLeaked, Stats, UnitRetried
 from sessionscope.exc import CommitUnknown, ConfigurationError
 
 SessionT = TypeVar("SessionT", default=Session)
-
-_NONE: Mapping[object, object] = MappingProxyType({})
 
 
 class Source(Generic[SessionT]):
@@ -84,7 +81,7 @@ class Source(Generic[SessionT]):
 
     def unit_options(self, options: dict[str, Any], bind: object, scope: Scope) -> dict[str, Any]:
         """Return a sessionmaker's *options* as those of one unit's session."""
-        info = {**options.get("info", _NONE), UNIT: scope}
+        info = {**options["info"], UNIT: scope} if "info" in options else {UNIT: scope}
         if scope.read_only and self._two_phase:  # it has no transaction to prepare
             return {**options, "bind": bind, "info": info, "twophase": False}
         return {**options, "bind": bind, "info": info}

@@ -71,9 +71,15 @@ def _prepare(engine: Engine, *, begin: str | None, wal: bool) -> None:
             _use_wal(dbapi_connection)
 
     def do_begin(proxied: PoolProxiedConnection) -> None:
-        statement = proxied.info.get(_BEGIN, begin)
-        if statement is not None:
-            _begin(proxied, statement)
+        info = proxied.info
+        statement = info.get(_BEGIN, begin)
+        if statement is None:
+            return
+        dbapi_connection: Any = proxied.dbapi_connection
+        dbapi_connection.execute(statement)
+        info[BEGAN] = True
+        if _QUERY_ONLY in info:
+            dbapi_connection.execute("PRAGMA query_only = 1")
 
     event.listen(engine, "connect", connected)
     event.listen(engine, "checkin", _restore)
@@ -88,26 +94,20 @@ def _use_wal(dbapi_connection: Any) -> None:
         dbapi_connection.execute("PRAGMA journal_mode = WAL")
 
 
-def _begin(proxied: PoolProxiedConnection, statement: str) -> None:
-    dbapi_connection: Any = proxied.dbapi_connection
-    dbapi_connection.execute(statement)
-    proxied.info[BEGAN] = True
-    if _QUERY_ONLY in proxied.info:
-        dbapi_connection.execute("PRAGMA query_only = 1")
-
-
 def _restore(dbapi_connection: Any, record: ConnectionPoolEntry) -> None:
     """Give the next user a connection as it was opened."""
     info = record.info
-    info.pop(_BEGIN, None)
-    info.pop(BEGAN, None)
+    for key in (_BEGIN, BEGAN):
+        if key in info:
+            del info[key]
     driver_connection = record.driver_connection
     if dbapi_connection is None or driver_connection is None:  # it was closed
         return
     if driver_connection.in_transaction:
         # After a COMMIT that failed SQLite keeps the transaction open.
         dbapi_connection.rollback()
-    if info.pop(_QUERY_ONLY, False):
+    if _QUERY_ONLY in info:
+        del info[_QUERY_ONLY]
         dbapi_connection.execute("PRAGMA query_only = 0")
     if dbapi_connection.isolation_level is not None:
         # SQLAlchemy's isolation_level option switches the legacy mode back on.

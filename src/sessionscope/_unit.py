@@ -94,8 +94,10 @@ class Unit(Generic[SessionT]):
         plain: bool = False,
         attempts: Attempts | None = None,
     ) -> None:
-        check_isolation_level(isolation_level)
-        check_timeout(timeout)
+        if isolation_level is not None:
+            check_isolation_level(isolation_level)
+        if timeout is not None:
+            check_timeout(timeout)
         source = database._source  # pyright: ignore[reportPrivateUsage]  # its own half
         self._source = source
         self._scope = Scope(
@@ -298,7 +300,7 @@ class Unit(Generic[SessionT]):
 
     def __enter__(self) -> SessionT:
         if self._given is not None:
-            self._refuse_second_use()
+            raise _used_twice()
         try:
             self.admit()
             assert self._given is not None
@@ -351,7 +353,9 @@ class Unit(Generic[SessionT]):
 
     def _start(self) -> float:
         """Begin to count the time; return when that was."""
-        self._refuse_second_use()
+        if self._session is not None:
+            raise _used_twice()
+        _guards.refuse_nested(self._scope, self._source.name, self._source.options)
         attempts, scope = self._attempts, self._scope
         if attempts is not None:
             self._deadline = attempts.deadline
@@ -384,11 +388,6 @@ class Unit(Generic[SessionT]):
                 _hooks.drop(self._plain)
                 return
         _hooks.run_due(self._plain)
-
-    def _refuse_second_use(self) -> None:
-        if self._session is not None:
-            raise InvalidRequestError("A unit is used once: make another one with begin()")
-        _guards.refuse_nested(self._scope, self._source.name, self._source.options)
 
     def _give_back(self) -> bool:
         """Close the session and free the slot; return whether there was something to close."""
@@ -534,6 +533,10 @@ class Unit(Generic[SessionT]):
             "work, or flush in a savepoint and catch the error outside of it: "
             "with session.begin_nested(): ..."
         )
+
+
+def _used_twice() -> InvalidRequestError:
+    return InvalidRequestError("A unit is used once: make another one with begin()")
 
 
 def _no_session() -> InvalidRequestError:
