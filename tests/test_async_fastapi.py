@@ -1,19 +1,12 @@
 """FastAPI with an AsyncDatabase: the promises of a Database's sessions, on the event loop."""
 
 import asyncio
-import gc
-import logging
-import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator
 from contextvars import ContextVar
-from itertools import islice
 from typing import Annotated, Any
 
-import anyio
 import httpx2
 import pytest
-import uvicorn
 from fastapi import (
     APIRouter,
     BackgroundTasks,
@@ -22,56 +15,48 @@ from fastapi import (
     HTTPException,
     Request,
     Response,
-    WebSocket,
 )
 from fastapi.responses import PlainTextResponse, RedirectResponse, StreamingResponse
-from fastapi.testclient import TestClient
-from pydantic import BaseModel
 from sqlalchemy import exc as sa_exc
-from sqlalchemy import make_url, select, text
+from sqlalchemy import select, text
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import Session
 from sqlmodel import select as sqlmodel_select
 from sqlmodel.ext.asyncio.session import AsyncSession as SQLModelSession
-from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 
-from sessionscope import AsyncDatabase, Database, after_commit, after_rollback
-from sessionscope.exc import ConfigurationError, NestedUnit, SessionEnded
-from sessionscope.integrations.fastapi import install, session_per_request
-from tests.async_drivers import names, on_one_of_each_kind, on_postgres, server_connections
-from tests.models import Base, Item, Note
-from tests.models import names as names_sync
+from sessionscope import AsyncDatabase, after_commit, after_rollback
+from sessionscope.exc import NestedUnit, SessionEnded
+from sessionscope.integrations.fastapi import session_per_request
+from tests.async_drivers import (
+    a_rival_that_wins,
+    at_work,
+    create_tables,
+    lock,
+    names,
+    observer_of,
+    on_mysql,
+    on_one_of_each_kind,
+    on_postgres,
+    on_sqlite_files,
+    on_uvloop_too,
+)
+from tests.fastapi_clients import (
+    Cancel,
+    ItemOut,
+    Refused,
+    app_of,
+    cancel_by_asyncio,
+    cancel_by_timeout,
+    client_of,
+    served,
+)
+from tests.models import Item, Note
 
 pytestmark = pytest.mark.anyio
-
-on_asyncpg = pytest.mark.parametrize("async_url", ["asyncpg"], indirect=True)
-
-LIMIT = 15  # of a Database by default
-SLEEP = text("SELECT pg_sleep(30)")
-
-
-class ItemOut(BaseModel):
-    model_config = {"from_attributes": True}
-
-    id: int
-    name: str
 
 
 @pytest.fixture
 def app(async_database: AsyncDatabase) -> FastAPI:
-    app = FastAPI()
-    install(app, async_database)
-    return app
-
-
-@asynccontextmanager
-async def client_of(app: Any) -> AsyncIterator[httpx2.AsyncClient]:
-    """A client that sees what a real one would: a 500, not the exception."""
-    transport = httpx2.ASGITransport(app=app, raise_app_exceptions=False)
-    async with httpx2.AsyncClient(
-        transport=transport, base_url="http://test", timeout=60
-    ) as client:
-        yield client
+    return app_of(async_database)
 
 
 @pytest.fixture
@@ -80,78 +65,10 @@ async def client(app: FastAPI) -> AsyncIterator[httpx2.AsyncClient]:
         yield client
 
 
-@asynccontextmanager
-async def served(app: FastAPI) -> AsyncIterator[httpx2.AsyncClient]:
-    """A client of a real server, to which a client's connection can be lost."""
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        server = uvicorn.Server(uvicorn.Config(app, log_config=None, ws="none"))
-        serving = asyncio.create_task(server.serve(sockets=[listening]))
-        url = "http://{}:{}".format(*listening.getsockname())
-        try:
-            async with httpx2.AsyncClient(base_url=url, timeout=60) as client:
-                yield client
-        finally:
-            server.should_exit = True
-            await serving
-
-
-@asynccontextmanager
-async def observer_of(url: str) -> AsyncIterator[AsyncDatabase]:
-    async with AsyncDatabase(url, pool_size=1, max_overflow=0) as observer:
-        yield observer
-
-
-async def at_work(observer: AsyncDatabase) -> int:
-    """How many of the server's connections run a statement or hold a transaction."""
-    async with observer.begin(read_only=True) as session:
-        found = await session.scalar(
-            text(
-                "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() "
-                "AND pid <> pg_backend_pid() AND state <> 'idle'"
-            )
-        )
-    return int(found or 0)
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Let the event loop go on until it holds; a test that waits in vain times out."""
-    async with asyncio.timeout(10):
-        while not condition():
-            await asyncio.sleep(0)
-
-
-async def until_at_work(observer: AsyncDatabase, count: int) -> None:
-    """Wait until the server sees that many at work."""
-    async with asyncio.timeout(10):
-        while await at_work(observer) != count:
-            pass
-
-
-async def until_it_waits_for_a_lock(observer: AsyncDatabase) -> None:
-    """Wait until the server sees one that waits for another's transaction."""
-    waiting = text("SELECT count(*) FROM pg_locks WHERE NOT granted")
-    async with asyncio.timeout(10):
-        found = 0
-        while not found:
-            async with observer.begin(read_only=True) as session:
-                found = await session.scalar(waiting) or 0
-
-
-async def drained(*databases: AsyncDatabase | Database) -> bool:
-    """Whether every unit ends by itself: a clean-up may go on after its request."""
-    return all(
-        [
-            await each.drain(10)
-            if isinstance(each, AsyncDatabase)
-            else await asyncio.to_thread(each.drain, 10)
-            for each in databases
-        ]
-    )
-
-
 # --- The outcome of a request ---
 
 
+@on_uvloop_too
 async def test_the_row_is_there_when_the_first_byte_of_the_answer_is(
     app: FastAPI, async_database: AsyncDatabase
 ) -> None:
@@ -189,7 +106,7 @@ async def test_a_write_is_read_right_after_its_200_however_slow_the_commit(
         await session.execute(
             text(
                 "CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS "
-                "$$BEGIN PERFORM pg_sleep(0.05); RETURN NULL; END$$"
+                "$$BEGIN PERFORM pg_sleep(0.02); RETURN NULL; END$$"
             )
         )
         await session.execute(
@@ -213,7 +130,7 @@ async def test_a_write_is_read_right_after_its_200_however_slow_the_commit(
         return await session.scalar(select(Item).where(Item.name == name)) is not None
 
     async with served(app) as client:
-        for n in range(10):
+        for n in range(30):
             assert (await client.post(f"/{n}")).status_code == 200
             assert (await client.get(f"/{n}")).json() is True
 
@@ -239,18 +156,20 @@ async def test_a_failed_commit_is_never_a_success_and_stops_background_tasks(
 ) -> None:
     ran: list[str] = []
 
-    @app.post("/")
+    @app.post("/{name}")
     async def create(
+        name: str,
         session: Annotated[AsyncSession, session_per_request(async_database)],
         background: BackgroundTasks,
     ) -> str:
         background.add_task(ran.append, "task")
-        session.add(Note(item_id=404))  # the constraint is checked at COMMIT
+        session.add_all([Item(name=name), Note(item_id=404)])  # is checked at COMMIT
         return "created"
 
-    answers = await asyncio.gather(*(client.post("/") for _ in range(20)))
+    answers = await asyncio.gather(*(client.post(f"/{n}") for n in range(20)))
     assert [answer.status_code for answer in answers] == [500] * 20
     assert ran == []
+    assert await names(async_database) == []
     assert async_database.stats().in_use == 0
 
 
@@ -287,11 +206,61 @@ async def test_a_swallowed_error_is_never_a_success(
     assert async_database.stats().committed == 1  # names()
 
 
-class Refused(Exception):
-    pass
+@on_postgres
+async def test_an_error_inside_of_a_savepoint_is_no_failure(
+    app: FastAPI, client: httpx2.AsyncClient, async_database: AsyncDatabase
+) -> None:
+    @app.post("/")
+    async def create(session: Annotated[AsyncSession, session_per_request(async_database)]) -> None:
+        session.add(Item(name="kept"))
+        with pytest.raises(sa_exc.ProgrammingError):
+            async with session.begin_nested():
+                await session.execute(text("SELECT * FROM no_such_table"))
+
+    assert (await client.post("/")).status_code == 200
+    assert await names(async_database) == ["kept"]
+
+
+@on_sqlite_files
+async def test_what_sqlite_has_rolled_back_by_itself_is_never_a_success(
+    app: FastAPI, client: httpx2.AsyncClient, async_database: AsyncDatabase
+) -> None:
+    again = text("INSERT OR ROLLBACK INTO item (id, name) VALUES (1, 'again')")
+
+    @app.post("/")
+    async def create(session: Annotated[AsyncSession, session_per_request(async_database)]) -> None:
+        session.add(Item(id=1, name="lost"))
+        await session.flush()
+        with pytest.raises(sa_exc.IntegrityError):
+            await session.execute(again)
+
+    assert (await client.post("/")).status_code == 500
+    assert await names(async_database) == []
+
+
+@on_mysql
+async def test_a_swallowed_deadlock_is_never_a_success(
+    app: FastAPI, client: httpx2.AsyncClient, async_database: AsyncDatabase
+) -> None:
+    """MariaDB has rolled back everything, and would commit nothing without a word."""
+
+    async with a_rival_that_wins(async_database) as collide:
+
+        @app.post("/")
+        async def create(
+            session: Annotated[AsyncSession, session_per_request(async_database)],
+        ) -> None:
+            session.add(Item(id=3, name="lost"))
+            await session.flush()
+            await lock(session, 1)
+            await collide(session)
+
+        assert (await client.post("/")).status_code == 500
+    assert await names(async_database) == ["one", "two"]
 
 
 @pytest.mark.parametrize("error", [Refused(), HTTPException(409), ValueError("unexpected")])
+@on_uvloop_too
 @on_one_of_each_kind
 async def test_an_exception_rolls_back_even_when_a_handler_answers_it(
     app: FastAPI, client: httpx2.AsyncClient, async_database: AsyncDatabase, error: Exception
@@ -488,6 +457,35 @@ async def test_async_rollback_hooks_run_before_the_error_is_answered(
     assert order == [("this request", []), "handler"]
 
 
+@on_one_of_each_kind
+@pytest.mark.parametrize("cancel", [cancel_by_asyncio, cancel_by_timeout])
+async def test_a_request_that_is_cancelled_in_a_slow_hook_has_committed(
+    app: FastAPI, async_database: AsyncDatabase, cancel: Cancel
+) -> None:
+    """The hook is cut off, at once, and the next one is not."""
+    order: list[str] = []
+    began = asyncio.Event()
+
+    async def slow() -> None:
+        began.set()
+        try:
+            await asyncio.sleep(10)
+            order.append("in vain")
+        finally:
+            order.append("cut off")
+
+    @app.get("/")
+    async def create(session: Annotated[AsyncSession, session_per_request(async_database)]) -> None:
+        session.add(Item(name="pear"))
+        after_commit(session, slow)
+        after_commit(session, order.append, "next")
+
+    await cancel(app, began.wait())
+    assert order == ["cut off", "next"]
+    assert await names(async_database) == ["pear"]
+    assert async_database.stats().in_use == 0
+
+
 # --- One session per request and database ---
 
 
@@ -589,13 +587,36 @@ async def test_begin_inside_an_endpoint_with_a_session_is_refused_at_once(
     assert (await client.get("/")).json() == "refused"
 
 
+class ShopSession(AsyncSession):
+    """A user's own."""
+
+    async def find(self, name: str) -> Item | None:
+        return (await self.scalars(select(Item).where(Item.name == name))).one_or_none()
+
+
 @on_one_of_each_kind
 async def test_the_session_is_of_the_users_class(async_url: str) -> None:
-    """SQLModel's has ``exec()``."""
+    async with AsyncDatabase(async_url, session_class=ShopSession) as database:
+        await create_tables(database)
+        app = app_of(database)
+
+        @app.post("/{name}", response_model=ItemOut | None)
+        async def create(
+            name: str, session: Annotated[ShopSession, session_per_request(database)]
+        ) -> Item | None:
+            session.add(Item(name=name))
+            return await session.find(name)
+
+        async with client_of(app) as client:
+            assert (await client.post("/pear")).json()["name"] == "pear"
+        assert await names(database) == ["pear"]
+
+
+@on_one_of_each_kind
+async def test_sqlmodels_session_has_its_exec(async_url: str) -> None:
     async with AsyncDatabase(async_url, session_class=SQLModelSession) as database:
-        async with database.engine.begin() as connection:
-            await connection.run_sync(Base.metadata.create_all)
-        app = FastAPI()
+        await create_tables(database)
+        app = app_of(database)
 
         @app.post("/")
         async def create(
@@ -607,553 +628,3 @@ async def test_the_session_is_of_the_users_class(async_url: str) -> None:
         async with client_of(app) as client:
             assert (await client.post("/")).json() == ["pear"]
         assert database.stats().committed == 1
-
-
-# --- Load ---
-
-
-@on_postgres
-async def test_200_clients_at_once_are_all_served_by_15_connections(
-    app: FastAPI, client: httpx2.AsyncClient, async_database: AsyncDatabase, async_url: str
-) -> None:
-    """Each through two dependencies, and the server never has more than the pool's."""
-
-    async def user(
-        session: Annotated[AsyncSession, session_per_request(async_database, read_only=True)],
-    ) -> int:
-        return int(await session.scalar(text("SELECT 1 FROM pg_sleep(0.005)")) or 0)
-
-    @app.get("/", response_model=list[ItemOut])
-    async def read(
-        user: Annotated[int, Depends(user)],
-        session: Annotated[AsyncSession, session_per_request(async_database)],
-    ) -> list[Item]:
-        return list(await session.scalars(select(Item)))
-
-    samples: list[int] = []
-    async with observer_of(async_url) as observer, asyncio.TaskGroup() as group:
-        requests = [group.create_task(client.get("/")) for _ in range(200)]
-        while not all(request.done() for request in requests):
-            samples.append(await server_connections(observer))
-    assert [request.result().status_code for request in requests] == [200] * 200
-    assert 1 < max(samples) <= LIMIT
-    stats = async_database.stats()
-    assert (stats.in_use, stats.waiting, stats.refused) == (0, 0, 0)
-
-
-@on_postgres
-async def test_overload_is_answered_503_with_retry_after_in_time(async_url: str) -> None:
-    """Those beyond the pool's are refused when they have waited, the others are served."""
-    async with (
-        AsyncDatabase(async_url, pool_size=2, max_overflow=1, pool_timeout=0.1) as database,
-        observer_of(async_url) as observer,
-    ):
-        app = FastAPI()
-        install(app, database)
-        release = asyncio.Event()
-
-        @app.get("/")
-        async def read(session: Annotated[AsyncSession, session_per_request(database)]) -> None:
-            await session.execute(text("SELECT 1"))
-            await release.wait()
-
-        async with client_of(app) as client, asyncio.TaskGroup() as group:
-            requests = [group.create_task(client.get("/")) for _ in range(20)]
-            answers = [await each for each in islice(asyncio.as_completed(requests), 17)]
-            assert await server_connections(observer) == 3
-            release.set()
-        assert {answer.status_code for answer in answers} == {503}
-        assert int(answers[0].headers["Retry-After"]) >= 1
-        assert answers[0].json()["code"] == "pool_busy"
-        assert sorted(each.result().status_code for each in requests) == [200] * 3 + [503] * 17
-        assert database.stats().longest_wait < 1
-
-
-# --- Cancellation and disconnects ---
-
-
-async def send_nothing(message: Any) -> None: ...
-
-
-async def disconnected() -> dict[str, str]:
-    return {"type": "http.disconnect"}
-
-
-SCOPE = {
-    "type": "http",
-    "method": "GET",
-    "path": "/",
-    "query_string": b"",
-    "headers": [],
-    "http_version": "1.1",
-    "scheme": "http",
-    "server": ("test", 80),
-}
-
-
-async def test_a_client_that_disconnects_does_not_stop_the_commit(
-    app: FastAPI, async_database: AsyncDatabase
-) -> None:
-    @app.get("/")
-    async def create(session: Annotated[AsyncSession, session_per_request(async_database)]) -> None:
-        session.add(Item(name="pear"))
-
-    await app(dict(SCOPE), disconnected, send_nothing)
-    assert await names(async_database) == ["pear"]
-    assert async_database.stats().in_use == 0
-
-
-async def cancel_by_asyncio(app: FastAPI, when: Awaitable[object]) -> None:
-    task = asyncio.create_task(app(dict(SCOPE), disconnected, send_nothing))
-    await when
-    task.cancel()
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
-
-
-async def cancel_by_timeout(app: FastAPI, when: Awaitable[object]) -> None:
-    with pytest.raises(TimeoutError):
-        async with asyncio.timeout(None) as deadline, asyncio.TaskGroup() as group:
-
-            async def expire() -> None:
-                await when
-                deadline.reschedule(0)
-
-            group.create_task(expire())
-            await app(dict(SCOPE), disconnected, send_nothing)
-
-
-async def cancel_by_anyio(app: FastAPI, when: Awaitable[object]) -> None:
-    async with anyio.create_task_group() as group:
-        group.start_soon(app, dict(SCOPE), disconnected, send_nothing)
-        await when
-        group.cancel_scope.cancel()
-
-
-cancelled_each_way = pytest.mark.parametrize(
-    "cancel", [cancel_by_asyncio, cancel_by_timeout, cancel_by_anyio]
-)
-Cancel = Callable[[FastAPI, Awaitable[object]], Awaitable[None]]
-
-
-@cancelled_each_way
-async def test_a_cancelled_request_rolls_back_and_gives_its_slot_back(
-    app: FastAPI, async_database: AsyncDatabase, cancel: Cancel
-) -> None:
-    started = asyncio.Event()
-
-    @app.get("/")
-    async def create(session: Annotated[AsyncSession, session_per_request(async_database)]) -> None:
-        session.add(Item(name="pear"))
-        await session.flush()
-        started.set()
-        await anyio.sleep_forever()
-
-    await cancel(app, started.wait())
-    assert await drained(async_database)
-    assert await names(async_database) == []
-
-
-@cancelled_each_way
-@on_postgres
-async def test_a_request_that_is_cancelled_in_a_query_frees_the_servers_backend(
-    app: FastAPI, async_database: AsyncDatabase, async_url: str, cancel: Cancel
-) -> None:
-    @app.get("/")
-    async def read(session: Annotated[AsyncSession, session_per_request(async_database)]) -> None:
-        session.add(Item(name="pear"))
-        await session.execute(SLEEP)
-
-    async with observer_of(async_url) as observer:
-        await cancel(app, until_at_work(observer, 1))
-        await until_at_work(observer, 0)
-    assert await drained(async_database)
-    assert await names(async_database) == []
-
-
-async def test_a_request_that_is_cancelled_while_it_waits_leaves_the_queue(async_url: str) -> None:
-    async with AsyncDatabase(async_url, pool_size=1, max_overflow=0) as database:
-        app = FastAPI()
-
-        @app.get("/")
-        async def read(session: Annotated[AsyncSession, session_per_request(database)]) -> None: ...
-
-        async with database.begin():
-            task = asyncio.create_task(app(dict(SCOPE), disconnected, send_nothing))
-            await until(lambda: database.stats().waiting == 1)
-            task.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await task
-            assert database.stats().waiting == 0
-        assert database.stats().in_use == 0
-
-
-class CancelsOnDisconnect:
-    """What many write against clients that give up: the request ends with its connection."""
-
-    def __init__(self, app: Any) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        async with anyio.create_task_group() as group:
-
-            async def watch() -> None:
-                while (await receive())["type"] != "http.disconnect":
-                    pass
-                group.cancel_scope.cancel()
-
-            group.start_soon(watch)
-            await self.app(scope, receive, send)
-            group.cancel_scope.cancel()
-
-
-class Passes(BaseHTTPMiddleware):
-    """Runs the app in a task group of its own."""
-
-    async def dispatch(self, request: Request, call_next: RequestResponseEndpoint) -> Response:
-        return await call_next(request)
-
-
-@on_postgres
-@pytest.mark.parametrize("inner", [None, Passes])
-async def test_a_middleware_that_cancels_leaves_no_slot_and_no_backend_behind(
-    app: FastAPI, async_database: AsyncDatabase, async_url: str, inner: type[Passes] | None
-) -> None:
-    """All clients of a full pool disconnect in the middle of a query, on a real server."""
-    if inner is not None:
-        app.add_middleware(inner)
-    app.add_middleware(CancelsOnDisconnect)
-
-    @app.get("/")
-    async def read(session: Annotated[AsyncSession, session_per_request(async_database)]) -> None:
-        session.add(Item(name="pear"))
-        await session.execute(SLEEP)
-
-    async with observer_of(async_url) as observer, served(app) as client:
-        requests = [asyncio.create_task(client.get("/")) for _ in range(LIMIT)]
-        await until_at_work(observer, LIMIT)
-        for request in requests:
-            request.cancel()
-        await asyncio.wait(requests)
-        await until_at_work(observer, 0)
-        assert await server_connections(observer) <= LIMIT
-    assert await names(async_database) == []
-    assert async_database.stats().in_use == 0
-
-
-@on_postgres
-@pytest.mark.parametrize("in_a_query", [True, False])
-async def test_a_client_that_leaves_a_stream_frees_the_units_slot_and_backend(
-    app: FastAPI, async_database: AsyncDatabase, async_url: str, in_a_query: bool
-) -> None:
-    """The stream's own unit; without a middleware, Starlette notices at the next chunk."""
-    if in_a_query:
-        app.add_middleware(CancelsOnDisconnect)
-
-    @app.get("/")
-    async def stream() -> StreamingResponse:
-        async def rows() -> AsyncIterator[str]:
-            async with async_database.begin() as session:
-                session.add(Item(name="pear"))
-                await session.flush()
-                while True:
-                    yield "row"
-                    await session.execute(SLEEP if in_a_query else text("SELECT 1"))
-
-        return StreamingResponse(rows())
-
-    async with observer_of(async_url) as observer, served(app) as client:
-        async with client.stream("GET", "/") as response:
-            rows = response.aiter_text()  # dropped, it would close the response
-            assert (await anext(rows)).startswith("row")
-            await until_at_work(observer, 1)
-        await until_at_work(observer, 0)
-        await until(lambda: async_database.stats().in_use == 0)
-    assert await names(async_database) == []
-
-
-# --- Sync and async sessions in one app ---
-
-
-@pytest.fixture
-async def mixed(
-    async_database: AsyncDatabase, async_url: str
-) -> AsyncIterator[tuple[AsyncDatabase, Database]]:
-    """The same PostgreSQL database, through an AsyncDatabase and through a Database."""
-    with Database(make_url(async_url).set(drivername="postgresql")) as database:
-        yield async_database, database
-
-
-Mixed = tuple[AsyncDatabase, Database]
-
-
-def mixed_app(databases: Mixed, work: Callable[[AsyncSession, Session], Any]) -> FastAPI:
-    """An app whose one route does *work* with a session of each."""
-    app = FastAPI()
-    install(app, *databases)
-
-    def of_thread(session: Annotated[Session, session_per_request(databases[1])]) -> Session:
-        session.execute(text("SELECT 1"))
-        return session
-
-    async def create(
-        a: Annotated[AsyncSession, session_per_request(databases[0])],
-        b: Annotated[Session, Depends(of_thread)],
-    ) -> None:
-        await work(a, b)
-
-    app.add_api_route("/", create, methods=["GET"])
-    return app
-
-
-async def status_of(app: FastAPI) -> int:
-    async with client_of(app) as client:
-        return (await client.get("/")).status_code
-
-
-@on_postgres
-async def test_a_sync_and_an_async_session_of_one_route_both_commit(mixed: Mixed) -> None:
-    async def work(a: AsyncSession, b: Session) -> None:
-        a.add(Item(name="async"))
-        b.add(Item(name="sync"))
-
-    assert await status_of(mixed_app(mixed, work)) == 200
-    assert await names(mixed[0]) == ["async", "sync"]
-    assert mixed[0].stats().in_use == mixed[1].stats().in_use == 0
-
-
-@on_postgres
-@pytest.mark.parametrize("failing", ["async", "sync"])
-async def test_a_flush_of_either_that_fails_stores_nothing(mixed: Mixed, failing: str) -> None:
-    async def work(a: AsyncSession, b: Session) -> None:
-        for session, name in ((a, "async"), (b, "sync")):
-            session.add(Item(name=name))
-            if name == failing:
-                session.add(Item(name=name))
-
-    assert await status_of(mixed_app(mixed, work)) == 500
-    gc.collect()
-    assert await names(mixed[0]) == []
-    assert mixed[0].stats().in_use == mixed[1].stats().in_use == 0
-
-
-@on_postgres
-async def test_a_failed_async_commit_keeps_the_sync_one_from_happening(mixed: Mixed) -> None:
-    async def work(a: AsyncSession, b: Session) -> None:
-        a.add(Note(item_id=404))
-        b.add(Item(name="sync"))
-
-    assert await status_of(mixed_app(mixed, work)) == 500
-    assert await names(mixed[0]) == []
-    assert mixed[0].stats().in_use == mixed[1].stats().in_use == 0
-
-
-@on_postgres
-async def test_an_exception_rolls_both_back(mixed: Mixed) -> None:
-    async def work(a: AsyncSession, b: Session) -> None:
-        a.add(Item(name="async"))
-        await a.flush()
-        b.add(Item(name="sync"))
-        await asyncio.to_thread(b.flush)
-        raise HTTPException(409)
-
-    assert await status_of(mixed_app(mixed, work)) == 409
-    assert await names(mixed[0]) == []
-    assert mixed[0].stats().in_use == mixed[1].stats().in_use == 0
-
-
-@on_postgres
-@cancelled_each_way
-async def test_a_cancelled_request_leaves_nothing_of_either(mixed: Mixed, cancel: Cancel) -> None:
-    started = asyncio.Event()
-
-    async def work(a: AsyncSession, b: Session) -> None:
-        a.add(Item(name="async"))
-        await a.flush()
-        b.add(Item(name="sync"))
-        await asyncio.to_thread(b.flush)
-        started.set()
-        await anyio.sleep_forever()
-
-    await cancel(mixed_app(mixed, work), started.wait())
-    assert await drained(*mixed)
-    assert await names(mixed[0]) == []
-
-
-@on_postgres
-@pytest.mark.parametrize("cancel", [cancel_by_asyncio, cancel_by_timeout])
-@pytest.mark.parametrize("waiting", ["async", "sync"])
-async def test_a_request_that_is_cancelled_in_its_last_flush_leaves_nothing_of_either(
-    mixed: Mixed, async_url: str, cancel: Cancel, waiting: str
-) -> None:
-    """A row that another transaction has inserted makes the flush of the same one wait.
-
-    From anyio's cancellations FastAPI itself shields the end of dependencies.
-    """
-
-    async def work(a: AsyncSession, b: Session) -> None:
-        a.add(Item(name="taken" if waiting == "async" else "async"))
-        b.add(Item(name="taken" if waiting == "sync" else "sync"))
-
-    async with observer_of(async_url) as observer, AsyncDatabase(async_url) as other:
-        async with other.begin() as blocking:
-            blocking.add(Item(name="taken"))
-            await blocking.flush()
-            await cancel(mixed_app(mixed, work), until_it_waits_for_a_lock(observer))
-            assert await drained(*mixed)
-    assert await names(mixed[0]) == ["taken"]
-    assert mixed[0].stats().longest_use < 5
-
-
-@on_postgres
-async def test_routes_of_one_app_may_differ_in_kind(mixed: Mixed) -> None:
-    app = FastAPI()
-    install(app, *mixed)
-
-    @app.post("/async")
-    async def create_async(session: Annotated[AsyncSession, session_per_request(mixed[0])]) -> None:
-        session.add(Item(name="async"))
-
-    @app.post("/sync")
-    def create_sync(session: Annotated[Session, session_per_request(mixed[1])]) -> None:
-        session.add(Item(name="sync"))
-
-    async with client_of(app) as client:
-        paths = ["/async", "/sync"]
-        answers = await asyncio.gather(*(client.post(path) for path in paths))
-    assert [answer.status_code for answer in answers] == [200, 200]
-    assert await names(mixed[0]) == ["async", "sync"]
-
-
-# --- install() ---
-
-
-@pytest.fixture(params=["psycopg", "asyncpg", "aiosqlite"])
-def tables_url(request: pytest.FixtureRequest) -> str:
-    """The tests' tables behind each driver, for tests whose event loops come and go."""
-    is_sqlite = request.param == "aiosqlite"
-    url = make_url(request.getfixturevalue("sqlite_url" if is_sqlite else "postgres_url"))
-    with Database(url) as database:
-        Base.metadata.create_all(database.engine)
-    return url.set(drivername=f"{url.get_backend_name()}+{request.param}").render_as_string(False)
-
-
-def sync_names(url: str) -> list[str]:
-    backend = make_url(url).get_backend_name()
-    with Database(make_url(url).set(drivername=backend)) as database:
-        return sorted(names_sync(database))
-
-
-def app_that_creates(database: AsyncDatabase) -> FastAPI:
-    app = FastAPI()
-
-    @app.post("/{name}")
-    async def create(
-        name: str, session: Annotated[AsyncSession, session_per_request(database)]
-    ) -> None:
-        session.add(Item(name=name))
-
-    return app
-
-
-def test_two_test_clients_in_a_row_work(tables_url: str) -> None:
-    """Each has an event loop of its own; the first one's shutdown drains the Database."""
-    database = AsyncDatabase(tables_url)
-    app = app_that_creates(database)
-    install(app, database)
-    for name in ("one", "two"):
-        with TestClient(app) as client:
-            assert client.post(f"/{name}").status_code == 200
-            assert client.post(f"/{name}-more").status_code == 200
-        assert database.stats().idle == 0
-    assert sync_names(tables_url) == ["one", "one-more", "two", "two-more"]
-
-
-@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
-def test_a_test_client_without_a_lifespan_works(tables_url: str) -> None:
-    """Each request then has an event loop of its own, which is closed when it is answered.
-
-    asyncpg's connections cannot be closed in order after that.
-    """
-    database = AsyncDatabase(tables_url)
-    client = TestClient(app_that_creates(database))
-    for name in ("one", "two", "three"):
-        assert client.post(f"/{name}").status_code == 200
-    assert sync_names(tables_url) == ["one", "three", "two"]
-    asyncio.run(database.dispose())
-    gc.collect()
-
-
-@pytest.mark.parametrize("driver", ["psycopg", "asyncpg"])
-def test_a_database_that_is_down_is_503_and_a_warning_at_start_up(
-    caplog: pytest.LogCaptureFixture, driver: str
-) -> None:
-    database = AsyncDatabase(f"postgresql+{driver}://user:s3cr3t@127.0.0.1:1/db")
-    app = app_that_creates(database)
-    install(app, database)
-    with caplog.at_level(logging.WARNING, "sessionscope"), TestClient(app) as client:
-        response = client.post("/pear")
-    assert (response.status_code, response.json()["code"]) == (503, "database_unavailable")
-    assert "Retry-After" in response.headers
-    assert "does not answer at start-up" in caplog.text
-    assert "s3cr3t" not in caplog.text
-
-
-async def test_shutdown_waits_for_the_units_at_work(
-    app: FastAPI, async_database: AsyncDatabase
-) -> None:
-    """And refuses new ones meanwhile; afterwards the Database works again."""
-    inside, leave = asyncio.Event(), asyncio.Event()
-
-    async def work() -> None:
-        async with async_database.begin() as session:
-            session.add(Item(name="pear"))
-            inside.set()
-            await leave.wait()
-
-    lifespan = app.router.lifespan_context(app)
-    await lifespan.__aenter__()
-    working = asyncio.create_task(work())
-    await inside.wait()
-    stopping = asyncio.create_task(lifespan.__aexit__(None, None, None))
-    while not async_database.stats().refused:
-        await asyncio.sleep(0)
-        refusal = asyncio.create_task(async_database.ping())
-        await asyncio.wait([refusal], timeout=1)
-        refusal.exception()
-    assert not stopping.done()
-    leave.set()
-    await asyncio.gather(working, stopping)
-    assert await names(async_database) == ["pear"]
-
-
-def test_a_websocket_is_refused_with_the_mend(tables_url: str) -> None:
-    database = AsyncDatabase(tables_url)
-    app = FastAPI()
-    install(app, database)
-
-    @app.websocket("/ws")
-    async def chat(
-        websocket: WebSocket, session: Annotated[AsyncSession, session_per_request(database)]
-    ) -> None:
-        pytest.fail("the endpoint ran")
-
-    with TestClient(app) as client, pytest.raises(ConfigurationError, match="async with"):
-        with client.websocket_connect("/ws"):
-            pytest.fail("it was accepted")
-    assert database.stats().in_use == 0
-
-
-@on_asyncpg
-async def test_wrong_arguments_name_the_line_to_write(async_database: AsyncDatabase) -> None:
-    for wrong, line in (
-        (lambda: install(FastAPI(), async_database.engine), r"AsyncEngine .* write install\(app, "),  # type: ignore[arg-type]
-        (lambda: session_per_request(async_database.engine), r"write session_per_request\("),  # type: ignore[arg-type]
-        (lambda: session_per_request(async_database.sessionmaker), r"write session_per_request"),  # type: ignore[arg-type]
-    ):
-        with pytest.raises(ConfigurationError, match=line):
-            wrong()
