@@ -1,10 +1,12 @@
 """The asynchronous drivers that the tests run on, and what tests ask of each."""
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
+from sqlalchemy import exc as sa_exc
 from sqlalchemy import make_url, select, text
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -99,3 +101,71 @@ async def server_connections(observer: AsyncDatabase) -> int:
 def through(url: str, port: int) -> str:
     """The same database behind a proxy at this port of localhost."""
     return make_url(url).set(host="127.0.0.1", port=port).render_as_string(hide_password=False)
+
+
+@asynccontextmanager
+async def observer_of(url: str) -> AsyncIterator[AsyncDatabase]:
+    """One more connection, from which the server can be asked."""
+    async with AsyncDatabase(url, pool_size=1, max_overflow=0) as observer:
+        yield observer
+
+
+async def at_work(observer: AsyncDatabase) -> int:
+    """How many of the server's connections run a statement or hold a transaction."""
+    async with observer.begin(read_only=True) as session:
+        found = await session.scalar(
+            text(
+                "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() "
+                "AND pid <> pg_backend_pid() AND state <> 'idle'"
+            )
+        )
+    return int(found or 0)
+
+
+async def until_at_work(observer: AsyncDatabase, count: int) -> None:
+    """Wait until the server sees that many at work."""
+    async with asyncio.timeout(10):
+        while await at_work(observer) != count:
+            pass
+
+
+async def until_it_waits_for_a_lock(observer: AsyncDatabase) -> None:
+    """Wait until the server sees one that waits for another's transaction."""
+    waiting = text("SELECT count(*) FROM pg_locks WHERE NOT granted")
+    async with asyncio.timeout(10):
+        found = 0
+        while not found:
+            async with observer.begin(read_only=True) as session:
+                found = await session.scalar(waiting) or 0
+
+
+Collide = Callable[[AsyncSession], Awaitable[None]]
+
+
+async def lock(session: AsyncSession, item_id: int) -> None:
+    """Lock a row against all other transactions."""
+    await session.execute(text(f"SELECT id FROM item WHERE id = {item_id} FOR UPDATE"))
+
+
+@asynccontextmanager
+async def a_rival_that_wins(database: AsyncDatabase) -> AsyncIterator[Collide]:
+    """A transaction that holds item 2 and wants item 1, and what makes another the victim.
+
+    The victim is the one that has changed fewer rows.
+    """
+    async with database.begin() as session:
+        session.add_all([Item(id=1, name="one"), Item(id=2, name="two")])
+    async with database.engine.connect() as rival:
+        await rival.execute(text("UPDATE item SET name = 'rival' WHERE id = 2"))
+        await rival.execute(text("INSERT INTO item VALUES (90, 'a'), (91, 'b'), (92, 'c')"))
+
+        async def collide(session: AsyncSession) -> None:
+            """Deadlock with the rival, with item 1 locked by *session*; swallow the error."""
+            update = text("UPDATE item SET name = 'late' WHERE id = 1")
+            waiting = asyncio.create_task(rival.execute(update))
+            with pytest.raises(sa_exc.OperationalError, match="1213"):
+                await lock(session, 2)
+            await waiting
+
+        yield collide
+        await rival.rollback()

@@ -19,7 +19,7 @@ from benchmarks._aimed import AIMS, aim_at_commit, make_commit_slow
 from benchmarks._cancelled import WAYS, hold_all
 from benchmarks._fuzz import UNITS, cut_everywhere
 from benchmarks.cancellation import LOOPS, POOL, keep_bound, run_on, with_driver
-from sessionscope import AsyncDatabase, Database, _async_unit
+from sessionscope import AsyncDatabase, Database, _async_unit, after_commit
 from sessionscope.exc import CommitUnknown
 from sessionscope.testing import PostgresServer
 from tests.async_drivers import (
@@ -140,6 +140,36 @@ async def test_a_cancellation_in_the_very_moment_of_the_confirmation_is_not_mist
     with pytest.raises(asyncio.CancelledError):
         await asyncio.ensure_future(unit())
     assert ended_normally == [True]
+    assert await names(async_database) == ["stored"]
+
+
+@on_postgres
+@pytest.mark.anyio
+async def test_a_cancellation_that_came_during_commit_is_delivered_to_a_slow_hook(
+    async_database: AsyncDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be delayed if it had to wait for that; and it comes back after the unit."""
+    cancel_while_committing(monkeypatch, at_its_end=False)
+    reached = []
+
+    async def hook() -> None:
+        try:
+            await asyncio.sleep(10)
+            reached.append("in vain")
+        finally:
+            reached.append("hook")
+
+    async def unit() -> None:
+        async with async_database.begin() as session:
+            session.add(Item(name="stored"))
+            after_commit(session, hook)
+        reached.append("after the unit")
+        await asyncio.sleep(0)
+        reached.append("after an await")
+
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.ensure_future(unit())
+    assert reached == ["hook", "after the unit"]
     assert await names(async_database) == ["stored"]
 
 

@@ -1,8 +1,6 @@
 """Verified commit on each asynchronous driver: commit() returning means that it is stored."""
 
-import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 
 import pytest
 from sqlalchemy import exc as sa_exc
@@ -12,8 +10,10 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sessionscope import AsyncDatabase
 from sessionscope.exc import CommitUnknown, TransactionDoomed
 from tests.async_drivers import (
+    a_rival_that_wins,
     backend_id,
     kill,
+    lock,
     names,
     on_mysql,
     on_postgres,
@@ -209,37 +209,6 @@ async def test_a_caught_integrity_error_on_sqlite_commits(async_database: AsyncD
         await swallow(session, "INSERT INTO item (id, name) VALUES (1, 'again')")
 
     assert await names(async_database) == ["one"]
-
-
-Collide = Callable[[AsyncSession], Awaitable[None]]
-
-
-async def lock(session: AsyncSession, item_id: int) -> None:
-    await session.execute(text(f"SELECT id FROM item WHERE id = {item_id} FOR UPDATE"))
-
-
-@asynccontextmanager
-async def a_rival_that_wins(database: AsyncDatabase) -> AsyncIterator[Collide]:
-    """A transaction that holds item 2 and wants item 1, and what makes another the victim.
-
-    The victim is the one that has changed fewer rows.
-    """
-    async with database.begin() as session:
-        session.add_all([Item(id=1, name="one"), Item(id=2, name="two")])
-    async with database.engine.connect() as rival:
-        await rival.execute(text("UPDATE item SET name = 'rival' WHERE id = 2"))
-        await rival.execute(text("INSERT INTO item VALUES (90, 'a'), (91, 'b'), (92, 'c')"))
-
-        async def collide(session: AsyncSession) -> None:
-            """Deadlock with the rival, with item 1 locked by *session*; swallow the error."""
-            update = text("UPDATE item SET name = 'late' WHERE id = 1")
-            waiting = asyncio.create_task(rival.execute(update))
-            with pytest.raises(sa_exc.OperationalError, match="1213"):
-                await lock(session, 2)
-            await waiting
-
-        yield collide
-        await rival.rollback()
 
 
 async def nothing(session: AsyncSession) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 
+import anyio
 import pytest
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -248,3 +249,128 @@ async def test_a_hook_that_is_cancelled_turns_no_commit_into_a_failure(
         after_commit(session, log.waiting, "next")
     assert log.lines == ["next"]
     assert await names(async_database) == ["stored"]
+
+
+class Slow:
+    """A hook that waits until it is cancelled, if that comes in time."""
+
+    def __init__(self, log: Log) -> None:
+        self.log = log
+        self.began = asyncio.Event()
+
+    async def __call__(self) -> None:
+        self.began.set()
+        try:
+            await asyncio.sleep(10)
+            self.log.plain("in vain")
+        finally:
+            self.log.plain("cut off")
+
+
+@on_uvloop_too
+@on_one_of_each_kind
+async def test_a_cancellation_during_a_slow_hook_ends_the_hook_and_not_the_commit(
+    async_database: AsyncDatabase,
+) -> None:
+    """The other hooks run, the unit ends normally, and the cancellation comes back after it."""
+    log = Log()
+    slow = Slow(log)
+
+    async def unit() -> None:
+        async with async_database.begin() as session:
+            session.add(Item(name="stored"))
+            after_commit(session, slow)
+            after_commit(session, log.waiting, "next")
+        log.plain("ended")
+        await asyncio.sleep(0)
+        log.plain("never")
+
+    task = asyncio.create_task(unit())
+    await slow.began.wait()
+    assert async_database.stats().in_use == 0
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert log.lines == ["cut off", "next", "ended"]
+    assert await names(async_database) == ["stored"]
+
+
+@on_postgres
+async def test_a_timeout_that_is_over_with_the_unit_is_not_delivered_later(
+    async_database: AsyncDatabase,
+) -> None:
+    log = Log()
+    slow = Slow(log)
+    async with asyncio.timeout(None) as deadline, async_database.begin() as session:
+        session.add(Item(name="stored"))
+        after_commit(session, lambda: deadline.reschedule(0))
+        after_commit(session, slow)
+    await asyncio.sleep(0)
+    assert log.lines == ["cut off"]
+    assert await names(async_database) == ["stored"]
+
+
+@on_postgres
+async def test_a_cancelled_anyio_scope_ends_its_slow_hooks(async_database: AsyncDatabase) -> None:
+    """It cancels at every await, so that the next one that waits is cut off as well."""
+    log = Log()
+    slow = Slow(log)
+    with anyio.CancelScope() as scope:
+        async with async_database.begin() as session:
+            session.add(Item(name="stored"))
+            after_commit(session, scope.cancel)
+            after_commit(session, slow)
+            after_commit(session, slow)
+            after_commit(session, log.plain, "plain")
+        log.plain("ended")
+    await asyncio.sleep(0)
+    assert log.lines == ["cut off", "cut off", "plain", "ended"]
+    assert await names(async_database) == ["stored"]
+
+
+@on_postgres
+async def test_the_timeout_of_a_hook_is_its_own(
+    async_database: AsyncDatabase, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def gives_up() -> None:
+        async with asyncio.timeout(0):
+            await anyio.sleep_forever()
+
+    async with async_database.begin() as session:
+        session.add(Item(name="stored"))
+        after_commit(session, gives_up)
+    await asyncio.sleep(0)
+    assert "TimeoutError" in caplog.text
+    assert await names(async_database) == ["stored"]
+
+
+@on_postgres
+async def test_a_cancelled_task_does_not_wait_for_rollback_hooks(
+    async_database: AsyncDatabase,
+) -> None:
+    """They go on where the rollback does, which nothing can prevent."""
+    log = Log()
+    hooked, go_on, done = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def hook() -> None:
+        hooked.set()
+        await go_on.wait()
+        log.plain("undone")
+        done.set()
+
+    async def unit() -> None:
+        async with async_database.begin() as session:
+            session.add(Item(name="undone"))
+            await session.flush()
+            after_rollback(session, hook)
+            raise ValueError("stop")
+
+    task = asyncio.create_task(unit())
+    await hooked.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert log.lines == []
+    go_on.set()
+    await done.wait()
+    assert await names(async_database) == []

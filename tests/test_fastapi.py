@@ -25,7 +25,6 @@ from fastapi import (
 from fastapi.exceptions import DependencyScopeError
 from fastapi.responses import JSONResponse, PlainTextResponse, RedirectResponse, StreamingResponse
 from fastapi.testclient import TestClient
-from pydantic import BaseModel
 from sqlalchemy import exc as sa_exc
 from sqlalchemy import select, text
 from sqlalchemy.orm import Session
@@ -42,21 +41,13 @@ from sessionscope.exc import (
     TransactionDoomed,
 )
 from sessionscope.integrations.fastapi import install, session_per_request
+from tests.fastapi_clients import ItemOut, Refused, app_of, disconnected, scope, send_nothing
 from tests.models import Item, Note, names
-
-
-class ItemOut(BaseModel):
-    model_config = {"from_attributes": True}
-
-    id: int
-    name: str
 
 
 @pytest.fixture
 def app(database: Database) -> FastAPI:
-    app = FastAPI()
-    install(app, database)
-    return app
+    return app_of(database)
 
 
 @pytest.fixture
@@ -127,10 +118,6 @@ def test_session_rollback_undoes_and_the_response_stands(
 
     assert client.post("/").status_code == 200
     assert names(database) == []
-
-
-class Refused(Exception):
-    pass
 
 
 @pytest.mark.parametrize("error", [Refused(), HTTPException(409), ValueError("unexpected")])
@@ -727,26 +714,6 @@ def test_the_users_lifespan_runs_inside_ours(database: Database) -> None:
     assert seen == ["up", "down"]
 
 
-async def send_nothing(message: Any) -> None: ...
-
-
-async def disconnected() -> dict[str, str]:
-    return {"type": "http.disconnect"}
-
-
-def scope(path: str) -> dict[str, Any]:
-    return {
-        "type": "http",
-        "method": "GET",
-        "path": path,
-        "query_string": b"",
-        "headers": [],
-        "http_version": "1.1",
-        "scheme": "http",
-        "server": ("test", 80),
-    }
-
-
 def test_a_client_that_disconnects_does_not_stop_the_commit(
     app: FastAPI, database: Database
 ) -> None:
@@ -755,7 +722,7 @@ def test_a_client_that_disconnects_does_not_stop_the_commit(
         session.add(Item(name="pear"))
         return "created"
 
-    asyncio.run(app(scope("/"), disconnected, send_nothing))
+    asyncio.run(app(scope(), disconnected, send_nothing))
     assert names(database) == ["pear"]
     assert database.stats().in_use == 0
 
@@ -775,13 +742,13 @@ def test_a_cancelled_request_rolls_back_and_gives_its_slot_back(
 
     async def by_anyio() -> None:
         async with anyio.create_task_group() as group:
-            group.start_soon(app, scope("/"), disconnected, send_nothing)
+            group.start_soon(app, scope(), disconnected, send_nothing)
             while not started.is_set():
                 await anyio.sleep(0)
             group.cancel_scope.cancel()
 
     async def by_asyncio() -> None:
-        task = asyncio.create_task(app(scope("/"), disconnected, send_nothing))
+        task = asyncio.create_task(app(scope(), disconnected, send_nothing))
         while not started.is_set():
             await asyncio.sleep(0)
         task.cancel()
@@ -802,7 +769,7 @@ def test_a_request_that_is_cancelled_while_it_waits_leaves_the_queue(sqlite_url:
         def read(session: Annotated[Session, session_per_request(database)]) -> None: ...
 
         async def main() -> None:
-            task = asyncio.create_task(app(scope("/"), disconnected, send_nothing))
+            task = asyncio.create_task(app(scope(), disconnected, send_nothing))
             while not database.stats().waiting:
                 await asyncio.sleep(0)
             task.cancel()
@@ -859,7 +826,7 @@ def test_a_def_endpoint_that_outlives_its_cancelled_request_stores_nothing(
             done.set()
 
     async def main() -> None:
-        task = asyncio.create_task(app(scope("/"), disconnected, send_nothing))
+        task = asyncio.create_task(app(scope(), disconnected, send_nothing))
         await asyncio.to_thread(inside.wait, 10)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -898,7 +865,7 @@ def test_a_cancelled_read_is_discarded_off_the_event_loop(
         await anyio.sleep_forever()
 
     async def main() -> int:
-        task = asyncio.create_task(app(scope("/"), disconnected, send_nothing))
+        task = asyncio.create_task(app(scope(), disconnected, send_nothing))
         while not started.is_set():
             await asyncio.sleep(0)
         task.cancel()

@@ -3,7 +3,7 @@
 The steps are Unit's own, run in one of SQLAlchemy's greenlets, and where they may
 wait, in a task of their own. A cancellation that comes before COMMIT was sent rolls
 back. One that comes after waits for the outcome, which is then reported as it is,
-and is delivered at the next ``await``.
+and is delivered at the next ``await``: a hook's, if there are any.
 """
 
 import asyncio
@@ -27,20 +27,28 @@ async def end(finish: Callable[[], None]) -> None:
     await asyncio.shield(start(greenlet_spawn(finish)))
 
 
-async def commit(
-    finish: Callable[[], None], flush: Callable[[], None] | None, undo: Callable[[], None]
-) -> None:
-    """Call *flush*, if there is something to flush, and then *finish* in a task of its own.
+async def flush(work: Callable[[], None], undo: Callable[[], None]) -> None:
+    """Call *work*; if it fails, or is cancelled, call *undo*, which nothing can prevent."""
+    try:
+        await greenlet_spawn(work)
+    except BaseException:
+        await end(undo)
+        raise
 
-    If *flush* fails, or is cancelled, *undo* is called instead.
+
+async def commit(finish: Callable[[], None], run_hooks: Callable[[], bool]) -> None:
+    """Call *finish* in a task of its own, and when it has ended *run_hooks* in this one.
+
+    A cancellation that ends a hook, of which *run_hooks* tells, cannot undo the outcome.
     """
-    if flush is not None:
-        try:
-            await greenlet_spawn(flush)
-        except BaseException:
-            await end(undo)
-            raise
-    await _outcome(start(greenlet_spawn(finish)))
+    task = asyncio.current_task()
+    assert task is not None
+    cancelled_before = task.cancelling()
+    try:
+        await _outcome(start(greenlet_spawn(finish)), task)
+    finally:
+        if await greenlet_spawn(run_hooks) and task.cancelling() > cancelled_before:
+            _cancel_soon(task)
 
 
 def start(work: Coroutine[Any, Any, Any]) -> "asyncio.Task[Any]":
@@ -51,17 +59,15 @@ def start(work: Coroutine[Any, Any, Any]) -> "asyncio.Task[Any]":
     return task
 
 
-async def _outcome(committing: "asyncio.Task[None]") -> None:
-    """Wait until *committing* is done, whatever is cancelled meanwhile."""
+async def _outcome(committing: "asyncio.Task[None]", task: "asyncio.Task[Any]") -> None:
+    """Wait in *task* until *committing* is done, whatever is cancelled meanwhile."""
     with _shield():
         try:
             await asyncio.shield(committing)
             return
         except asyncio.CancelledError:  # also in the moment when it was done already
             await _done(committing)
-    task = asyncio.current_task()
-    assert task is not None
-    task.get_loop().call_soon(_cancel_again, task)
+    _cancel_soon(task)
     if committing.cancelled():  # no one has it but the event loop, which is being shut down
         raise CommitUnknown(
             "The event loop was shut down during COMMIT: the database may have committed, or not. "
@@ -74,6 +80,11 @@ async def _done(committing: "asyncio.Task[None]") -> None:
     while not committing.done():
         with suppress(asyncio.CancelledError):
             await asyncio.wait([committing])
+
+
+def _cancel_soon(task: "asyncio.Task[Any]") -> None:
+    """Deliver at the next ``await`` a cancellation that was caught."""
+    task.get_loop().call_soon(_cancel_again, task)
 
 
 def _cancel_again(task: "asyncio.Task[Any]") -> None:

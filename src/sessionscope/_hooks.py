@@ -47,7 +47,8 @@ def after_commit(
     in the pool, in the order in which outcomes were decided, and never if the transaction, or
     the savepoint in which it was registered, is rolled back. What it raises is
     logged: a commit that has happened cannot fail any more. With an asynchronous session
-    *fn* may be an ``async def``, which is awaited.
+    *fn* may be an ``async def``, which is awaited in the task of the unit: if that is
+    cancelled, so is *fn*; those after it run, and then the cancellation is delivered again.
 
     A session that no Database opened calls it when its transaction has ended. If
     such a session has joined an outer transaction that only others can commit
@@ -68,7 +69,7 @@ def after_rollback(
 
     The counterpart of :func:`after_commit`: called once, after the unit of work has
     ended, when the transaction or the savepoint in which it was registered was
-    rolled back, or the commit failed.
+    rolled back, or the commit failed. A cancelled task does not wait for it.
     """
     _add(session, partial(fn, *args, **kwargs), on_commit=False)
 
@@ -78,12 +79,13 @@ def has_hooks(session: Session) -> bool:
     return _HOOKS in session.info
 
 
-def run_due(session: Session) -> None:
-    """Run what is due for a session whose unit of work has ended."""
+def run_due(session: Session) -> bool:
+    """Run what is due once a session's unit of work has ended; return whether one was cancelled."""
     hooks: _Hooks | None = session.info.pop(_HOOKS, None)
-    if hooks is not None:
-        hooks.settle_rest()
-        hooks.run()
+    if hooks is None:
+        return False
+    hooks.settle_rest()
+    return hooks.run()
 
 
 def mark_committed(session: Session) -> None:
@@ -129,17 +131,21 @@ class _Hooks:
         self._due += [hook.call for hook in self._waiting if not hook.on_commit]
         self._waiting = []
 
-    def run(self) -> None:
+    def run(self) -> bool:
+        """Run what is due, in order; return whether one of them was cancelled."""
         due, self._due = self._due, []
+        cancelled = False
         for call in due:
             try:
                 result = call()
                 if isawaitable(result):
                     await_only(result)
-            except (Exception, CancelledError):  # a hook may await a task that was cancelled
+            except (Exception, CancelledError) as error:  # it may await a task that was cancelled
+                cancelled |= isinstance(error, CancelledError)
                 _log.exception(
                     "%r failed after the end of its transaction, which stands as it ended", call
                 )
+        return cancelled
 
     def mark(self, session: Session) -> None:
         """Note that the innermost transaction of *session* is committed."""

@@ -241,7 +241,7 @@ class Unit(Generic[SessionT]):
         that is inside a call of the session's.
         """
         if self._give_back():
-            self._run_hooks()
+            self._run_due()
 
     @staticmethod
     def end_all(units: "Collection[Unit[Any]]", how: "Callable[[Unit[Any]], None]") -> None:
@@ -252,18 +252,9 @@ class Unit(Generic[SessionT]):
         when all of them are closed.
         """
         try:
-            if how is Unit.commit and len(units) > 1:
-                Unit.flush_all(units)
-            for unit in units:
-                how(unit)
-        except BaseException:
-            for unit in units:
-                unit.rollback()
-            raise
+            Unit._close_all(units, how)
         finally:
-            closed = [unit for unit in units if unit._give_back()]
-            for unit in closed:
-                unit._run_hooks()
+            Unit._run_hooks(units)
 
     @staticmethod
     async def end_all_async(
@@ -272,19 +263,22 @@ class Unit(Generic[SessionT]):
         """Async version of :meth:`end_all`, for the units of AsyncDatabases.
 
         No cancellation prevents it. One that comes before COMMIT was sent rolls back;
-        one that comes later is delivered at the next ``await`` after the outcome.
+        one that comes later is delivered at the next ``await`` after the outcome, which
+        may be that of a hook: it ends the hook, and then comes back after the last one.
         """
         for unit in units:
             _guards.leave(unit._scope)
-        finish = partial(Unit.end_all, units, how)
         if not any(unit.needs_io for unit in units):
-            await greenlet_spawn(finish)
+            await greenlet_spawn(Unit.end_all, units, how)
         elif how is not Unit.commit:
-            await _async_unit.end(finish)
+            await _async_unit.end(partial(Unit.end_all, units, how))
         else:
-            pending = any(unit.has_changes for unit in units)
-            flush = partial(Unit.flush_all, units) if pending else None
-            await _async_unit.commit(finish, flush, partial(Unit.end_all, units, Unit.rollback))
+            if any(unit.has_changes for unit in units):
+                undo = partial(Unit.end_all, units, Unit.rollback)
+                await _async_unit.flush(partial(Unit.flush_all, units), undo)
+            # Hooks may be slow: in this task, they see when it is cancelled.
+            hooks = partial(Unit._run_hooks, units)
+            await _async_unit.commit(partial(Unit._close_all, units, how), hooks)
 
     @staticmethod
     def flush_all(units: "Collection[Unit[Any]]") -> None:
@@ -297,6 +291,28 @@ class Unit(Generic[SessionT]):
                 if unit._failure is error or unit._failure is None:
                     raise
                 raise unit._failure from error
+
+    @staticmethod
+    def _close_all(units: "Collection[Unit[Any]]", how: "Callable[[Unit[Any]], None]") -> None:
+        """End several units, all but their hooks."""
+        try:
+            if how is Unit.commit and len(units) > 1:
+                Unit.flush_all(units)
+            for unit in units:
+                how(unit)
+        except BaseException:
+            for unit in units:
+                unit.rollback()
+            raise
+        finally:
+            for unit in units:
+                unit._give_back()
+
+    @staticmethod
+    def _run_hooks(units: "Collection[Unit[Any]]") -> bool:
+        """Run the hooks of units that are closed; return whether one was cancelled."""
+        cancelled = [unit._run_due() for unit in units]  # of each, whatever it returns
+        return any(cancelled)
 
     def __enter__(self) -> SessionT:
         if self._given is not None:
@@ -379,15 +395,15 @@ class Unit(Generic[SessionT]):
             return self._doomed(error)
         return error
 
-    def _run_hooks(self) -> None:
+    def _run_due(self) -> bool:
         """Run the hooks that are due, unless the unit is to run again."""
         attempts, failure = self._attempts, self._failure
         has_committed = self._committed or self._scope.has_committed
         if attempts is not None and failure is not None and not has_committed:
             if attempts.judge(failure):
                 _hooks.drop(self._plain)
-                return
-        _hooks.run_due(self._plain)
+                return False
+        return _hooks.run_due(self._plain)
 
     def _give_back(self) -> bool:
         """Close the session and free the slot; return whether there was something to close."""

@@ -28,7 +28,7 @@ from contextvars import copy_context
 from dataclasses import dataclass
 from functools import partial
 from time import monotonic
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from anyio.to_thread import current_default_thread_limiter
 from fastapi import Depends, FastAPI, Request, WebSocket
@@ -42,6 +42,7 @@ from sessionscope import Stats, Unit, exc
 
 __all__ = ["install", "session_per_request"]
 
+_R = TypeVar("_R")
 _Units = dict[Any, Unit[Any]]
 _Overrides = Mapping[Callable[..., Any] | None, Callable[..., Any]]
 
@@ -98,8 +99,8 @@ def install(app: FastAPI, *databases: _Database) -> None:
     PoolBusy and DatabaseUnavailable become 503 with Retry-After, unless the app has
     a handler of its own for them or for a SQLAlchemy error above them. At start-up
     a database that does not answer is a warning, not a failure; at shutdown the units
-    at work have 10 seconds to end. A websocket is closed with 1013. A mounted app has
-    exception handlers of its own: install() it, too.
+    at work, of all databases, have 10 seconds to end. A websocket is closed with 1013. A
+    mounted app has exception handlers of its own: install() it, too.
     """
     if not databases:
         raise exc.ConfigurationError("install() needs a Database: write install(app, database)")
@@ -238,7 +239,7 @@ async def _flush_first(here: Collection[Unit[Any]], others: Collection[Unit[Any]
         await asyncio.shield(flushing)
     except asyncio.CancelledError:
         # It goes on in its thread, is interrupted, and no one asks for its error any more.
-        flushing.add_done_callback(asyncio.Future.exception)
+        flushing.add_done_callback(lambda done: done.exception())
         await _undo_both(here, others, Unit.discard)
         raise
     except BaseException:
@@ -266,7 +267,7 @@ async def _end_in_thread(units: Collection[Unit[Any]], how: Callable[[Unit[Any]]
     await asyncio.shield(_start(partial(Unit.end_all, units, how)))
 
 
-def _start(work: Callable[[], None]) -> "asyncio.Future[None]":
+def _start(work: Callable[[], _R]) -> "asyncio.Future[_R]":
     """Start *work* in a thread that sees the request's context."""
     context = copy_context()
     return asyncio.get_running_loop().run_in_executor(_ending, lambda: context.run(work))
@@ -300,8 +301,7 @@ def _add_lifespan(app: FastAPI, databases: Sequence[Any]) -> None:
             async with inner(app) as state:
                 yield state
         finally:
-            for database in databases:
-                await _call(database.drain, _DRAIN_SECONDS)
+            await asyncio.gather(*(_call(each.drain, _DRAIN_SECONDS) for each in databases))
 
     app.router.lifespan_context = lifespan
 
@@ -310,7 +310,8 @@ async def _call(method: Callable[..., Any], *args: Any) -> Any:
     """Call a method of an AsyncDatabase here, and one of a Database in a thread."""
     if inspect.iscoroutinefunction(method):
         return await method(*args)
-    return await asyncio.to_thread(method, *args)
+    # asyncio's own threads are few: one would wait here until another's ten seconds are over.
+    return await _start(partial(method, *args))
 
 
 async def _warn_if_unavailable(database: Any) -> None:
