@@ -37,7 +37,7 @@ class Scale:
     pace: Pace
 
 
-FULL = Scale((10, 50, 100, 200, 500), (100, 500), repeats=True, pace=Pace(1.2, 4.0, 0.4))
+FULL = Scale((10, 50, 100, 200, 500), (100, 500), repeats=True, pace=Pace(0.8, 2.5, 0.3))
 SHORT = Scale((20,), (20,), repeats=False, pace=Pace(0.3, 1.0, 0.2))
 
 

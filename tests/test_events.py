@@ -17,6 +17,7 @@ from sessionscope.events import (
     UnitBegan,
     UnitEnded,
     UnitRefused,
+    UnitRetried,
     UnitWaited,
 )
 from sessionscope.exc import ConfigurationError, PoolBusy, SessionLeakWarning
@@ -161,6 +162,7 @@ KINDS = [
     UnitBegan("a.py:1", read_only=True),
     UnitEnded("a.py:1", "committed", 0.1),
     UnitRefused("a.py:1", 0.1),
+    UnitRetried("a.py:1", 1, "OperationalError", 0.01),
     UnitWaited("a.py:1", 0.1),
 ]
 
