@@ -23,6 +23,7 @@ from benchmarks import (
     questions,
     report,
     requests,
+    survival,
 )
 from benchmarks._report import Report, dump, machine, show
 
@@ -46,6 +47,7 @@ def _all(url: str | None = None, *, short: bool = False) -> dict[str, Callable[[
         "instructions": partial(instructions.run, short=short),
         "async": partial(async_units.run, url=url, short=short),
         "cancellation": partial(cancellation.run, url=url, short=short),
+        "survival": partial(survival.run, url=url, short=short),
         "promises": partial(promises.run, url=url),
         "http": partial(http.run, url=url, short=short),
         "peers": partial(peers.run, url=url, short=short),

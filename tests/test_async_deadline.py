@@ -9,7 +9,7 @@ from sqlalchemy import make_url, select, text
 
 from sessionscope import AsyncDatabase
 from sessionscope.exc import CommitUnknown, DeadlineExceeded
-from sessionscope.testing._fault_proxy import FaultProxy
+from sessionscope.testing import FaultProxy
 from tests.async_drivers import create_tables, names, on_postgres, on_uvloop_too
 from tests.models import Item
 from tests.test_deadline import SLEEP

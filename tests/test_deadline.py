@@ -6,11 +6,10 @@ from time import monotonic
 
 import pytest
 from sqlalchemy import make_url, select, text
-from sqlalchemy.orm import Session
 
 from sessionscope import Database
 from sessionscope.exc import CommitUnknown, ConfigurationError, DeadlineExceeded
-from sessionscope.testing._fault_proxy import FaultProxy
+from sessionscope.testing import FaultProxy
 from tests.models import Item, create_tables, names
 
 
@@ -35,7 +34,7 @@ def behind(postgres_url: str, proxy: FaultProxy) -> Iterator[Database]:
 SLEEP = {
     "postgresql": "SELECT pg_sleep(30)",
     "mysql": "SELECT SLEEP(30)",
-    "sqlite": "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT max(i) FROM n",
+    "sqlite": "WITH RECURSIVE n(i) AS (SELECT 1 UNION SELECT i + 1 FROM n) SELECT max(i) FROM n",
 }
 
 

@@ -8,7 +8,7 @@ from sqlalchemy.orm import Session
 
 from sessionscope import Database, after_commit
 from sessionscope.exc import CommitUnknown
-from sessionscope.testing._fault_proxy import FaultProxy
+from sessionscope.testing import FaultProxy
 from tests.models import Item, create_tables, names
 
 

@@ -58,7 +58,7 @@ class AsyncBackends(Backends):
             if not opening.done():
                 opening.get_loop().call_later(_PATIENCE, opening.cancel)
             raise
-        self._loops[id(connection)] = opening.get_loop()
+        self._loops[id(self.note(connection))] = opening.get_loop()
         leave_to_interrupt(getattr(connection, "driver_connection", None))
         return connection
 
@@ -76,8 +76,9 @@ class AsyncBackends(Backends):
         for such tasks, and for no others.
         """
         loop = self._loops.pop(id(connection), None)
-        if loop is None:  # it was closed before
+        if loop is None:  # it was closed before, or the parent process has opened it
             return
+        self.forgets(connection)
         kept = keep_socket(driver_connection)
 
         def bury() -> asyncio.Task[None]:
@@ -114,7 +115,7 @@ class AsyncBackends(Backends):
         if opening.cancelled() or opening.exception() is not None:
             self.give_back()
             return
-        connection = opening.result()
+        connection = self.note(opening.result())
         self._loops[id(connection)] = opening.get_loop()
         discard(connection)
 

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager
+from functools import partial
 from time import monotonic
 from types import MappingProxyType, TracebackType
 from typing import Any, Concatenate, Generic, ParamSpec, Protocol, Self, TypeVar, overload
@@ -18,6 +19,7 @@ from sessionscope._entry import async_entry_point, finished, is_async
 from sessionscope._options import Options, check_timeout, read_url, url_from_env
 from sessionscope._places import caller, place_of
 from sessionscope._retry import ATTEMPTS, check_attempts
+from sessionscope._source import CUTTING_SECONDS
 from sessionscope._unit import Unit
 from sessionscope.events import Observer, Stats
 
@@ -98,6 +100,7 @@ class AsyncDatabase(Generic[AsyncSessionT]):
         max_waiting: int | None = None,
         timeout: float | None = None,
         credentials: Credentials | None = None,
+        pooler: str | None = None,
         isolation_level: str | None = None,
         session_class: type[AsyncSessionT] = AsyncSession,  # type: ignore[assignment]  # a TypeVar's default
         engine_options: Mapping[str, Any] | None = None,
@@ -112,6 +115,7 @@ class AsyncDatabase(Generic[AsyncSessionT]):
             max_waiting=max_waiting,
             timeout=timeout,
             credentials=credentials,
+            pooler=pooler,
             isolation_level=isolation_level,
             session_class=session_class,
             session_base=AsyncSession,
@@ -254,12 +258,15 @@ class AsyncDatabase(Generic[AsyncSessionT]):
         """Async version of :meth:`Database.limit_waiting_threads`: its units wait in none."""
 
     async def drain(self, timeout: float) -> bool:
-        """Async version of :meth:`Database.drain`."""
-        deadline = monotonic() + timeout
-        with self._source.draining():
-            ended = await asyncio.to_thread(self._source.wait_until_empty, deadline)
-            # What is in use would outlive its pool; one in memory is the data.
-            if ended and not self._source.options.is_memory:
+        """Async version of :meth:`Database.drain`: the tasks that are left are cancelled."""
+        source = self._source
+        wait = partial(asyncio.to_thread, source.wait_until_empty)
+        with source.draining():
+            ended = await wait(monotonic() + timeout)
+            if not ended:
+                source.cut_off(timeout)
+                await wait(monotonic() + CUTTING_SECONDS)
+            if not source.options.is_memory:  # which is the data
                 await self.dispose()
         return ended
 

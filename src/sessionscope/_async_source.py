@@ -75,6 +75,11 @@ class AsyncSource(Source[AsyncSessionT]):
             found = self._async_engines[id(engine)] = AsyncEngine(engine)
         return found
 
+    def _cut_off(self, scope: Scope) -> None:
+        """Cancel the task that holds the unit, on whose event loop this is called."""
+        if scope.task is not None:
+            scope.task.cancel()
+
     def sleep(self, seconds: float) -> None:
         """Wait while another task leaves a session."""
         await_only(asyncio.sleep(seconds))

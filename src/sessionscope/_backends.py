@@ -8,7 +8,7 @@ import os
 import socket
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, wait
 from contextlib import suppress
 from time import monotonic
@@ -48,8 +48,20 @@ class Backends:
         self.forget()
         _all.add(self)
 
+    def leave_to_parent(self) -> None:
+        """Start anew in a forked child, so that nothing that it does reaches the parent's lines.
+
+        Closing a connection would send a farewell over it, and a driver may use it at any time.
+        """
+        for socket_of_parent in self._sockets.values():
+            if socket_of_parent is not None:
+                _lead_nowhere(*socket_of_parent)
+        self.forget()
+
     def forget(self) -> None:
-        """Start anew with no connection: what a forked child must do."""
+        """Start with no connection."""
+        # Of each connection that was opened here: its descriptor, and which socket that was.
+        self._sockets: dict[int, tuple[int, int] | None] = {}
         self._lock = threading.Lock()
         self.count = 0
         self._freed = 0
@@ -75,10 +87,21 @@ class Backends:
         if deadline is not None:
             return self._open_in_time(connect, discard, deadline)
         try:
-            return connect()
+            return self.note(connect())
         except BaseException:
             self.give_back()
             raise
+
+    def note(self, connection: DBAPIConnection) -> DBAPIConnection:
+        """Return *connection*, of which it is known now that it was opened here."""
+        self._sockets[id(connection)] = _socket_id(
+            getattr(connection, "driver_connection", connection)
+        )
+        return connection
+
+    def forgets(self, connection: DBAPIConnection) -> bool:
+        """Return whether *connection* was opened here, which is forgotten."""
+        return self._sockets.pop(id(connection), self) is not self
 
     def _open_in_time(
         self,
@@ -91,18 +114,19 @@ class Backends:
 
         def work() -> None:
             try:
-                opening.set_result(connect())
+                opening.set_result(self.note(connect()))
             except BaseException as error:
                 opening.set_exception(error)
 
         threading.Thread(target=work, name="sessionscope-connect", daemon=True).start()
+        done: Collection[object] = ()
         try:
             done, _ = wait([opening], deadline.remaining)
+        finally:  # also after an interrupt
             if not done:
-                raise deadline.exceeded("connect")
-        except BaseException:  # also an interrupt
-            opening.add_done_callback(lambda late: self._give_up(late, discard))
-            raise
+                opening.add_done_callback(lambda late: self._give_up(late, discard))
+        if not done:
+            raise deadline.exceeded("connect")
         if opening.exception() is not None:
             self.give_back()
         return opening.result()
@@ -126,6 +150,9 @@ class Backends:
 
         *cancel* ends what it may still be running; only tasks leave such connections behind.
         """
+        if not self.forgets(connection):  # the parent process has opened it
+            close()
+            return
         kept = keep_socket(driver_connection) if self.limit is not None else None
         try:
             close()
@@ -162,7 +189,7 @@ class Backends:
     def give_back(self) -> None:
         """Free the place of a connection that is gone."""
         with self._lock:
-            self.count = max(0, self.count - 1)  # one that was open across a fork is not ours
+            self.count -= 1
             self._freed += 1
         self.signal.notify()
 
@@ -179,7 +206,7 @@ _all: weakref.WeakSet[Backends] = weakref.WeakSet()
 
 def _forget_all() -> None:
     for backends in _all:
-        backends.forget()
+        backends.leave_to_parent()
 
 
 if hasattr(os, "register_at_fork"):  # Windows has no fork
@@ -214,6 +241,24 @@ def descriptor(driver_connection: Any) -> int | None:
     with suppress(Exception):  # a closed connection has none
         return fileno() if fileno is not None else None
     return None
+
+
+def _socket_id(driver_connection: Any) -> tuple[int, int] | None:
+    number = descriptor(driver_connection)
+    if number is None or number < 0:
+        return None
+    with suppress(OSError):
+        return number, os.fstat(number).st_ino
+    return None
+
+
+def _lead_nowhere(number: int, inode: int) -> None:
+    """Let the descriptor lead nowhere, if it still is that socket's."""
+    with suppress(OSError):
+        if os.fstat(number).st_ino == inode:
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            os.dup2(nowhere, number, inheritable=False)
+            os.close(nowhere)
 
 
 def _socket_of(driver_connection: Any) -> Any:

@@ -98,6 +98,13 @@ def verify_commits(engine: Engine, database: str) -> None:
     event.listen(engine, "checkin", returned)
 
 
+def is_committing(connection: Connection) -> bool:
+    """Return whether COMMIT was sent on *connection*, and its answer has not come."""
+    if connection.closed or connection.invalidated:
+        return False
+    return _COMMITTING in connection.info
+
+
 def _doomed(info: dict[Any, Any]) -> TransactionDoomed:
     """Return the error for a transaction that cannot commit, with what is known of why."""
     suspect: _Suspect | None = info.get(SUSPECT)
@@ -132,6 +139,9 @@ def _note_failure(context: ExceptionContext, database: str) -> BaseException | N
     if connection.closed or connection.invalidated:
         return None
     info = connection.connection.info
+    scope: Scope | None = info.get(UNIT)
+    if scope is not None and scope.why is not None:
+        return scope.why
     orig = context.original_exception
     if sqlstate_of(orig) == IN_FAILED_TRANSACTION and SUSPECT in info:
         return _doomed(info)

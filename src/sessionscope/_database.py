@@ -14,8 +14,8 @@ from sessionscope._credentials import Credentials
 from sessionscope._entry import entry_point, finished
 from sessionscope._options import Options, check_timeout, read_url, url_from_env
 from sessionscope._places import caller, place_of
-from sessionscope._source import Source
 from sessionscope._retry import ATTEMPTS, check_attempts
+from sessionscope._source import CUTTING_SECONDS, Source
 from sessionscope._unit import Unit
 from sessionscope.events import Observer, Stats
 
@@ -52,6 +52,10 @@ class Database(Generic[SessionT]):
     at once. *pool_timeout* is how many seconds a unit waits for its turn before
     PoolBusy is raised, *max_waiting* how many units may wait (``None``: any
     number, for that time). ``pool_size=0`` or ``max_overflow=-1``: no bound.
+    *timeout* is how many seconds a unit of work may take by default, from the queue to
+    the commit (``None``: any number). *credentials* is called before each new connection
+    and returns a password, or a user and a password. *pooler* names what stands before
+    the server: ``"pgbouncer-transaction"``; read-only units then are transactions, too.
     *isolation_level* is that of writing units, one of SQLAlchemy's names; SQLite's
     are all serializable. Sessions are of *session_class*. *engine_options* and
     *session_options* go to ``create_engine()``, which here hides SQL parameters, and
@@ -68,6 +72,7 @@ class Database(Generic[SessionT]):
         max_waiting: int | None = None,
         timeout: float | None = None,
         credentials: Credentials | None = None,
+        pooler: str | None = None,
         isolation_level: str | None = None,
         session_class: type[SessionT] = Session,  # type: ignore[assignment]  # a TypeVar's default
         engine_options: Mapping[str, Any] | None = None,
@@ -82,6 +87,7 @@ class Database(Generic[SessionT]):
             max_waiting=max_waiting,
             timeout=timeout,
             credentials=credentials,
+            pooler=pooler,
             isolation_level=isolation_level,
             session_class=session_class,
             session_base=Session,
@@ -149,11 +155,16 @@ class Database(Generic[SessionT]):
         A writing unit waits for three round trips plus one per statement after the
         first; a *read_only* one for one per SELECT. *isolation_level* is for this
         unit; on a read-only one ``"REPEATABLE READ"`` gives a snapshot, which needs
-        a real transaction. An *independent* unit may be opened inside of another one and
+        a real transaction. *timeout* is how many seconds the unit may take, queue, connecting and
+        commit included. A statement that is running then is cancelled, COMMIT is not
+        sent any more; one that was sent and is not answered by then is CommitUnknown.
+        PostgreSQL (psycopg, asyncpg) is told the limit of each statement together with
+        BEGIN. An *independent* unit may be opened inside of another one and
         commits on its own, over the one connection that is in reserve for such units;
         SQLite has none, so there it needs a read-only unit around it. Raises
         ConfigurationError at once; PoolBusy and NestedUnit
-        when the block begins; DatabaseUnavailable at the first statement; and at the end
+        when the block begins; DatabaseUnavailable at the first statement; DeadlineExceeded
+        wherever it waits; and at the end
         what ``Unit.commit()`` raises: TransactionDoomed, CommitUnknown, SessionEnded,
         ReadOnlyUnit, and what flush() and COMMIT raise.
         """
@@ -169,9 +180,20 @@ class Database(Generic[SessionT]):
     def run(
         self, fn: Callable[Concatenate[SessionT, _P], _R], /, *args: _P.args, **kwargs: _P.kwargs
     ) -> _R:
-        """Return ``fn(session, *args, **kwargs)``, run as one unit of work.
+        """Return ``fn(session, *args, **kwargs)``, run as one unit of work, and again if need be.
 
-        Raises what *fn* raises, and what ``begin()`` raises.
+        A unit that the database has rolled back for the sake of others (SQLSTATE 40001, 40P01;
+        MySQL 1213, 1205, 1020; SQLITE_BUSY), or whose connection was lost before COMMIT, runs
+        again with a fresh session: up to 15 times, after a random pause of at most
+        twice what it took, which doubles up to a second. A database that cannot be reached is
+        waited for, ``pool_timeout`` seconds at most. So *fn* must do nothing outside
+        of its session that may not be done twice: that is for ``after_commit()``, whose hooks
+        are dropped with a failed attempt. A COMMIT whose answer was lost is looked up on
+        PostgreSQL (``pg_xact_status()``, for no round trip more): done, or run again. Not run
+        again: what has committed once, what got a mapped object as an argument,
+        and what fails with CommitUnknown or with another database's error.
+
+        Raises what *fn* raises, and what ``begin()`` raises: the last error, as it is.
         """
         return self._run(fn, args, kwargs)
 
@@ -189,7 +211,8 @@ class Database(Generic[SessionT]):
         For what is called from outside: a view, a task, a command, a job. The session
         is the first parameter, or the one after ``self``, and is not part of the
         result's signature. Functions that are called by such ones receive their
-        session and are not decorated. Raises ConfigurationError for functions whose
+        session and are not decorated. It runs as by ``run()``, at most *attempts* times,
+        all of them within *timeout* seconds. Raises ConfigurationError for functions whose
         work would be done after they return (``async def``, generators).
         """
 
@@ -238,14 +261,17 @@ class Database(Generic[SessionT]):
     def drain(self, timeout: float) -> bool:
         """Refuse new units, wait at most *timeout* seconds for those at work to end.
 
-        Returns whether all have ended; if so, their connections are closed. Afterwards
-        units are admitted again, as after ``Engine.dispose()``.
+        Then those that are left are cut off (DatabaseUnavailable) and rolled back, but for a COMMIT
+        that was sent already, and all connections are closed. Returns whether all have ended
+        by themselves. Afterwards units are admitted again, as after ``Engine.dispose()``.
         """
-        deadline = monotonic() + timeout
-        with self._source.draining():
-            ended = self._source.wait_until_empty(deadline)
-            # What is in use would outlive its pool; one in memory is the data.
-            if ended and not self._source.options.is_memory:
+        source = self._source
+        with source.draining():
+            ended = source.wait_until_empty(monotonic() + timeout)
+            if not ended:
+                source.cut_off(timeout)
+                source.wait_until_empty(monotonic() + CUTTING_SECONDS)
+            if not source.options.is_memory:  # which is the data
                 self.dispose()
         return ended
 

@@ -1,5 +1,7 @@
 """The pair of engines: a writing one, a read-only one, and one bound over both."""
 
+import os
+import weakref
 from collections.abc import Callable
 from copy import copy
 from threading import TIMEOUT_MAX, Lock
@@ -21,6 +23,7 @@ from sessionscope._pool import (
     MemoryPool,
     SharedQueuePool,
 )
+from sessionscope._pooler import READ_ONLY, without_a_session
 from sessionscope._read_only import make_read_only, make_view_read_only
 from sessionscope._signal import AsyncSignal, Signal
 from sessionscope.exc import ConfigurationError
@@ -68,7 +71,15 @@ class Engines:
                 ask_for_credentials(engine, options.credentials)
             assert isinstance(engine.pool, (SharedQueuePool, CountedNullPool))
             engine.pool.share(self.backends)
-        make_read_only(self.read)
+        make_read_only(self.read, by_session=options.pooler is None)
+        _all.add(self)
+
+    def leave_to_parent(self) -> None:
+        """Open connections of one's own from now on: what a forked child must do."""
+        for engine in (self.write, self.read, *self._reserved):
+            # Collected as garbage, they would end what they lead to.
+            _of_parents.append(engine.pool)
+            engine.dispose(close=False)
 
     def _pools(self) -> list[SharedQueuePool]:
         return _pools_of(self.read, self.write)
@@ -114,7 +125,9 @@ class Engines:
     @property
     def idle(self) -> int:
         """How many open connections no one uses."""
-        pools = {id(engine.pool): engine.pool for engine in (self.write, self.read, *self._reserved)}
+        pools = {
+            id(engine.pool): engine.pool for engine in (self.write, self.read, *self._reserved)
+        }
         return sum(p.checkedin() for p in pools.values() if isinstance(p, pool.QueuePool))
 
     async def settle(self) -> None:
@@ -134,6 +147,9 @@ def _create(options: Options, create: CreateEngine, **settings: Any) -> Engine:
     given = dict(options.engine_options)
     given.pop("poolclass", None)  # ours is that, and more
     connect_args = {**given.pop("connect_args", {}), **settings.pop("connect_args", {})}
+    if "execution_options" in settings:
+        own = settings.pop("execution_options")
+        given["execution_options"] = {**given.get("execution_options", {}), **own}
     try:
         engine = create(options.url, connect_args=connect_args, **{**settings, **given})
     except ImportError as error:
@@ -163,6 +179,9 @@ def _write_options(options: Options) -> dict[str, Any]:
 
 def _read_options(options: Options) -> dict[str, Any]:
     settings = _common_options(options)
+    if options.pooler is not None:
+        settings["execution_options"] = READ_ONLY
+        return settings
     # Each SELECT is its own transaction: no BEGIN, no COMMIT, no ROLLBACK to wait for.
     settings["isolation_level"] = "AUTOCOMMIT"
     settings["skip_autocommit_rollback"] = True
@@ -173,6 +192,8 @@ def _common_options(options: Options) -> dict[str, Any]:
     settings: dict[str, Any] = {"hide_parameters": True}
     if options.is_sqlite:
         settings["connect_args"] = _sqlite.connect_args(options)
+    if options.pooler is not None:
+        settings["connect_args"] = without_a_session(options.url)
     if options.is_memory:
         settings["poolclass"] = MemoryPool
     elif issubclass(options.engine_options.get("poolclass", pool.QueuePool), pool.NullPool):
@@ -192,3 +213,18 @@ def _pools_of(*engines: Engine) -> list[SharedQueuePool]:
 
 def _none() -> int:
     return 0
+
+
+# Those that have pools; a database in memory is copied by a fork.
+_all: weakref.WeakSet[Engines] = weakref.WeakSet()
+# The pools of the processes that this one was forked from.
+_of_parents: list[pool.Pool] = []
+
+
+def _leave_all_to_parent() -> None:
+    for engines in _all:
+        engines.leave_to_parent()
+
+
+if hasattr(os, "register_at_fork"):  # Windows has no fork
+    os.register_at_fork(after_in_child=_leave_all_to_parent)

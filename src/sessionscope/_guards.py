@@ -1,6 +1,7 @@
 """What is refused: a session after its end, a write in a read-only unit, a second unit."""
 
 import asyncio
+import os
 import threading
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
@@ -8,12 +9,13 @@ from typing import Any
 
 from sqlalchemy import Connection, event
 from sqlalchemy.orm import Session, SessionTransaction, sessionmaker
+from sqlalchemy.orm.session import _sessions  # pyright: ignore[reportPrivateUsage]  # all there are
 
 from sessionscope import _overlap, _watch
 from sessionscope._options import Options
 from sessionscope._places import Place, describe
 from sessionscope._watch import UNIT, OnLeak
-from sessionscope.exc import NestedUnit, ReadOnlyUnit, SessionEnded
+from sessionscope.exc import NestedUnit, ReadOnlyUnit, SessionEnded, SessionScopeError
 
 
 class Scope:
@@ -23,6 +25,7 @@ class Scope:
         "autocommit",
         "connection",
         "ended",
+        "forked",
         "has_committed",
         "identity",
         "independent",
@@ -38,6 +41,7 @@ class Scope:
         "thread",
         "timer",
         "used",
+        "why",
     )
 
     def __init__(
@@ -63,10 +67,12 @@ class Scope:
         self.streams = False  # a read-only unit had to begin a real one, for a server-side cursor
         self.left = False  # its flow of control has gone on, its clean-up may go on in a task
         self.ended = False
+        self.forked = False  # it belongs to the process that this one was forked from
         self.has_committed = False  # something of it is there to stay
         self.may_run_again = False
         self.identity: Any = None  # what its transaction is called by the server, if that is known
         self.timer: Any = None  # of its deadline
+        self.why: SessionScopeError | None = None  # who was cut off is told this
         self.on_begin: Callable[[Scope, Connection], None] | None = None
 
 
@@ -123,6 +129,14 @@ def leave(scope: Scope) -> None:
     scope.left = True
     scope.task = None
     scope.owner = None
+
+
+def open_scopes(owner: object) -> list[Scope]:
+    """Return the units of *owner* that have begun and not ended."""
+    scopes = [session.info.get(UNIT) for session in list(_sessions.values())]
+    return [
+        scope for scope in scopes if scope is not None and scope.owner is owner and not scope.ended
+    ]
 
 
 def _is_same_flow(scope: Scope) -> bool:
@@ -188,3 +202,18 @@ def _refuse_flush(session: Session, context: object, instances: Sequence[object]
             f"changes of {', '.join(names)}; nothing was sent. Open it with begin() or "
             "session_per_request(database), without read_only=True"
         )
+
+
+def _leave_all_to_parent() -> None:
+    """In a forked child, refuse the sessions that use connections of the parent."""
+    for session in list(_sessions.values()):
+        scope: Scope | None = session.info.get(UNIT)
+        if scope is not None and not scope.ended:
+            scope.left = scope.ended = scope.forked = True
+            _overlap.leave_to_parent(session)
+        elif scope is None and session.in_transaction():
+            _overlap.leave_to_parent(session)
+
+
+if hasattr(os, "register_at_fork"):  # Windows has no fork
+    os.register_at_fork(after_in_child=_leave_all_to_parent)

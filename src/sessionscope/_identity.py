@@ -37,7 +37,10 @@ _ID = "SELECT pg_current_xact_id()"
 _TELL_ID = f"DO $$BEGIN RAISE INFO '{_SAYS_ID}%', pg_current_xact_id(); END$$"
 _OUTCOME = "SELECT pg_xact_status('{}'::xid8), server FROM ({}) AS here(server)"
 # Its session may still be there, waiting for a standby or for a client that is gone.
-_END_BACKEND = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid = {} AND backend_xid = '{}'::xid8::xid"
+_END_BACKEND = (
+    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+    "WHERE pid = {} AND backend_xid = '{}'::xid8::xid"
+)
 
 
 @dataclass(slots=True)

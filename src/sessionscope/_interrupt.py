@@ -3,12 +3,12 @@
 import asyncio
 import sys
 from collections.abc import Callable, Coroutine, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from inspect import isawaitable, iscoroutinefunction
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from sqlalchemy import Pool
+from sqlalchemy import Connection, Pool
 from sqlalchemy.util import await_only
 from sqlalchemy.util.concurrency import in_greenlet
 
@@ -39,6 +39,14 @@ def interrupt(pool: Pool, driver_connection: Any) -> None:
             return
     if hasattr(driver_connection, "thread_id"):  # MySQL's drivers
         _kill(pool, driver_connection.thread_id())
+
+
+def cut(connection: Connection) -> None:
+    """End what a connection is doing, from another thread, and the connection with it."""
+    with suppress(Exception):
+        interrupt(connection.engine.pool, connection.connection.driver_connection)
+    with suppress(Exception):
+        connection.invalidate()
 
 
 def leave_to_interrupt(driver_connection: Any) -> None:

@@ -23,6 +23,9 @@ ISOLATION_LEVELS = (
     "SERIALIZABLE",
 )
 
+# What may stand between here and the server, and give a connection's next transaction to another.
+POOLERS = ("pgbouncer-transaction",)
+
 _EXAMPLE = "postgresql+psycopg://user:password@host/dbname or sqlite:///file.db"
 
 _INSTALL = {
@@ -61,6 +64,7 @@ class Options:
     max_waiting: int | None
     timeout: float | None
     credentials: Credentials | None = field(repr=False)
+    pooler: str | None
     isolation_level: str | None
     session_class: type[Any]
     session_base: type[Any]
@@ -75,6 +79,7 @@ class Options:
         if self.max_waiting is not None:
             _check_number("max_waiting", self.max_waiting, at_least=0)
         check_timeout(self.timeout)
+        self._check_pooler()
         if self.credentials is not None and not callable(self.credentials):
             raise ConfigurationError(
                 "credentials must be a function that returns a password, or a user and a password: "
@@ -107,6 +112,17 @@ class Options:
         for name, mend in _OWN_SESSION_OPTIONS.items():
             if name in self.session_options:
                 raise ConfigurationError(f"session_options has {name!r}: {mend}")
+
+    def _check_pooler(self) -> None:
+        if self.pooler is None:
+            return
+        if self.pooler not in POOLERS:
+            raise ConfigurationError(f"pooler={self.pooler!r} is unknown: write {POOLERS[0]!r}")
+        if self.url.get_backend_name() != "postgresql":
+            raise ConfigurationError(
+                f"pooler={self.pooler!r} stands in front of PostgreSQL, and this database is "
+                f"{self.url.get_backend_name()}: leave it out"
+            )
 
     @property
     def safe_url(self) -> str:

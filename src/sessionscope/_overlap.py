@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from sessionscope._places import Place, describe, here, there
 from sessionscope._watch import IDLE_SECONDS, opened_at, warn_of_idleness
-from sessionscope.exc import SessionShared
+from sessionscope.exc import SessionEnded, SessionShared
 
 # Everything through which a session reaches its connection.
 METHODS = (
@@ -42,6 +42,9 @@ _LAST = "_sessionscope_last"
 # And the event loop on which an asynchronous one was used first.
 _LOOP = "_sessionscope_loop"
 
+# Who uses a session that was in use when this process was forked: no thread of it.
+_PARENT = 0
+
 _User = int | asyncio.Task[Any]
 
 
@@ -52,6 +55,11 @@ def refuse_overlap(factory: sessionmaker[Any], *, is_async: bool) -> None:
         method = getattr(factory.class_, name)
         guarded = _on_one_loop(method) if is_async else method
         setattr(factory.class_, name, _guarded(guarded, current_user))
+
+
+def leave_to_parent(session: Session) -> None:
+    """Refuse *session* in this process, which was forked from the one that uses it."""
+    session.__dict__[USER] = _PARENT
 
 
 def is_in_use(session: Session) -> bool:
@@ -72,7 +80,7 @@ def _guarded(method: Callable[..., Any], current_user: Callable[[], _User]) -> C
             return method(self, *args, **kwargs) if kwargs else method(self, *args)
         user = state.setdefault(USER, me)  # one step: no other thread comes in between
         if user != me:
-            raise _shared(self, name, user)
+            raise _refusal(self, name, user)
         try:
             last = state.get(_LAST)
             if last is not None and monotonic() - last[0] > IDLE_SECONDS:
@@ -106,6 +114,16 @@ def _current_task_or_thread() -> _User:
     if asyncio._get_running_loop() is not None:
         return asyncio.current_task() or threading.get_ident()
     return threading.get_ident()
+
+
+def _refusal(session: Session, method: str, user: _User) -> SessionEnded | SessionShared:
+    if user != _PARENT:
+        return _shared(session, method, user)
+    return SessionEnded(
+        f"{method}() was called{_at(here())} in a forked process, and the session opened at "
+        f"{describe(opened_at(session))} belongs to the process before the fork. Open a unit of "
+        "work after the fork: with database.begin() as session: ..."
+    )
 
 
 def _shared(session: Session, method: str, user: _User) -> SessionShared:

@@ -20,9 +20,12 @@ _SWITCH = {
 _STREAMING = "sessionscope.streaming"
 
 
-def make_read_only(engine: Engine) -> None:
-    """Refuse writes before they are sent, and have the server refuse the rest."""
-    switch = _SWITCH.get(engine.dialect.name)
+def make_read_only(engine: Engine, *, by_session: bool) -> None:
+    """Refuse writes before they are sent, and have the server refuse the rest.
+
+    *by_session*: by a setting of each connection, where its transactions do not say so themselves.
+    """
+    switch = _SWITCH.get(engine.dialect.name) if by_session else None
 
     def connected(dbapi_connection: DBAPIConnection, record: ConnectionPoolEntry) -> None:
         if switch is not None:

@@ -10,21 +10,25 @@ from sqlalchemy.orm import Session, sessionmaker
 from typing_extensions import TypeVar
 
 from sessionscope import _guards, _outcome, _watch
-from sessionscope._commit import verify_commits
+from sessionscope._commit import is_committing, verify_commits
 from sessionscope._deadline import Deadline
 from sessionscope._engines import CreateEngine, Engines
 from sessionscope._gate import Gate
 from sessionscope._guards import Scope
-from sessionscope._options import Options, check_timeout
+from sessionscope._interrupt import cut
+from sessionscope._options import Options
 from sessionscope._places import describe, place_of
-from sessionscope._retry import Attempts, Budget, Call, check_attempts
+from sessionscope._retry import Attempts, Budget, Call
 from sessionscope._telling import Telling
 from sessionscope._timer import timed
 from sessionscope._watch import UNIT
 from sessionscope.events import Observer, SessionLeaked, Stats, UnitRetried
-from sessionscope.exc import CommitUnknown, ConfigurationError
+from sessionscope.exc import CommitUnknown, ConfigurationError, DatabaseUnavailable
 
 SessionT = TypeVar("SessionT", default=Session)
+
+# Seconds for which drain() waits for units that it has cut off.
+CUTTING_SECONDS = 1.0
 
 
 class Source(Generic[SessionT]):
@@ -147,6 +151,21 @@ class Source(Generic[SessionT]):
         """Return whether the last unit ended before *deadline*, on the monotonic clock."""
         gates = (*self.gates, self._reserve)
         return all(gate.wait_until_empty(deadline - monotonic()) for gate in gates)
+
+    def cut_off(self, seconds: float) -> None:
+        """End the units of work that are still open after so many *seconds* of draining."""
+        for scope in _guards.open_scopes(self):
+            scope.why = DatabaseUnavailable(
+                f"The unit of work opened at {describe(scope.opened_at)} was cut off by "
+                f"drain({seconds:g}), which has waited for it so long; it is rolled back"
+            )
+            self._cut_off(scope)
+
+    def _cut_off(self, scope: Scope) -> None:
+        connection = scope.connection
+        scope.ended = True
+        if connection is not None and not self.options.is_memory and not is_committing(connection):
+            cut(connection)
 
     def stats(self) -> Stats:
         """Return what the Database is doing now and has done so far."""

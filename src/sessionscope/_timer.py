@@ -134,7 +134,9 @@ class Timer:
             self.why = why
             if self.phase is None:
                 return
-            self.why = why or self.deadline.exceeded("connect" if self._line is None else self.phase)
+            self.why = why or self.deadline.exceeded(
+                "connect" if self._line is None else self.phase
+            )
             self.cut = True
             self._left = threading.Event()
             if self._task is not None and not self.committing:
@@ -306,8 +308,6 @@ def _timed(method: Callable[..., Any], key: str) -> Callable[..., Any]:
         timer.enter(phase)
         try:
             result = method(self, *args, **kwargs)
-            if timer.cut and name != "commit":
-                raise timer.error(phase)
         except BaseException as error:
             told = timer.translate(error)
             if told is None:
@@ -316,6 +316,8 @@ def _timed(method: Callable[..., Any], key: str) -> Callable[..., Any]:
         finally:
             timer.leave()
             current.reset(token)
+        if timer.cut and name != "commit":  # it was done in the very moment
+            raise timer.error(phase)
         return result
 
     return call

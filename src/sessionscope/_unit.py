@@ -15,7 +15,7 @@ from sqlalchemy.util import greenlet_spawn
 from sessionscope import _async_unit, _guards, _hooks, _identity, _overlap, _watch
 from sessionscope._deadline import Deadline
 from sessionscope._guards import Scope
-from sessionscope._interrupt import interrupt
+from sessionscope._interrupt import cut
 from sessionscope._options import check_isolation_level, check_timeout
 from sessionscope._places import Place, caller, describe
 from sessionscope._retry import Attempts
@@ -105,7 +105,7 @@ class Unit(Generic[SessionT]):
             opened_at or caller(1),
             is_async=source.options.is_async,
             read_only=read_only,
-            autocommit=read_only and isolation_level is None,
+            autocommit=read_only and isolation_level is None and source.options.pooler is None,
             independent=independent,
         )
         self._bind = source.engines.bind(
@@ -224,10 +224,7 @@ class Unit(Generic[SessionT]):
         if connection is None or self.is_async or self._source.options.is_memory:
             self.rollback()
             return
-        with suppress(Exception):
-            interrupt(connection.engine.pool, connection.connection.driver_connection)
-        with suppress(Exception):
-            connection.invalidate()
+        cut(connection)
 
     def failed(self, error: BaseException | None) -> None:
         """Say that *error* has left the unit, which is to be rolled back for it."""
@@ -345,7 +342,7 @@ class Unit(Generic[SessionT]):
         if not getattr(self, "_is_open", False):
             return
         try:
-            if self._session is not None and self._scope.used:
+            if self._session is not None and self._scope.used and not self._scope.forked:
                 self._source.leaked(self._session)
         finally:
             if self.is_async:  # its connection is closed on its event loop
@@ -399,10 +396,10 @@ class Unit(Generic[SessionT]):
         """Run the hooks that are due, unless the unit is to run again."""
         attempts, failure = self._attempts, self._failure
         has_committed = self._committed or self._scope.has_committed
-        if attempts is not None and failure is not None and not has_committed:
-            if attempts.judge(failure):
-                _hooks.drop(self._plain)
-                return False
+        may_repeat = attempts is not None and failure is not None and not has_committed
+        if may_repeat and attempts.judge(failure):
+            _hooks.drop(self._plain)
+            return False
         return _hooks.run_due(self._plain)
 
     def _give_back(self) -> bool:
@@ -412,7 +409,7 @@ class Unit(Generic[SessionT]):
             return False
         self._is_open = False
         try:
-            if session is not None and self._scope.used:
+            if session is not None and self._scope.used and not self._scope.forked:
                 self._reset(session)
         finally:
             self._end()

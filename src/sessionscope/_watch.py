@@ -6,6 +6,7 @@ asynchronous driver's on its event loop, never in the middle of the collector.
 """
 
 import asyncio
+import os
 import warnings
 import weakref
 from collections.abc import Callable
@@ -172,3 +173,8 @@ def _close_on_loop(connection: Connection, loop: asyncio.AbstractEventLoop | Non
 
     if loop is None or not call_soon(loop, close):
         connection.invalidate()
+
+
+if hasattr(os, "register_at_fork"):  # Windows has no fork
+    # What a forked child collects as garbage belongs to its parent.
+    os.register_at_fork(after_in_child=_watches.clear)
