@@ -201,14 +201,16 @@ def _ambiguous(server: PostgresServer, times: int) -> Iterator[Figure]:
         _Base.metadata.create_all(direct.engine)
     for fault in ("cut before", "cut after"):
         right = 0
-        with FaultProxy("127.0.0.1", make_url(url).port or 5432) as proxy:
-            with Database(proxy.through(url)) as database:
-                for number in range(times):
-                    name, retried = f"{fault} {number}", database.stats().retried
-                    proxy.aim(fault, b"COMMIT")  # type: ignore[arg-type]  # one of the two
-                    database.run(_append, name)
-                    again = database.stats().retried - retried
-                    right += _found(database)[name] == 1 and again == (fault == "cut before")
+        with (
+            FaultProxy("127.0.0.1", make_url(url).port or 5432) as proxy,
+            Database(proxy.through(url)) as database,
+        ):
+            for number in range(times):
+                name, retried = f"{fault} {number}", database.stats().retried
+                proxy.aim(fault, b"COMMIT")  # type: ignore[arg-type]  # one of the two
+                database.run(_append, name)
+                again = database.stats().retried - retried
+                right += _found(database)[name] == 1 and again == (fault == "cut before")
         yield Figure(f"{fault} COMMIT: resolved right", right, f"of {times}", at_least=times)
 
 

@@ -107,7 +107,6 @@ def test_the_last_error_is_raised_as_it_is(psycopg: Database) -> None:
     run = psycopg.with_session(attempts=3)(work)
     with pytest.raises(OperationalError) as error:
         run()
-    assert error.value.orig is not None
     assert any("This was attempt 3" in note for note in error.value.__notes__)
     assert len(work.sessions) == 3
     assert work.hooks == ["rolled back 3"]
@@ -122,7 +121,6 @@ def test_observers_see_the_attempts(postgres_url: str) -> None:
     assert [event.attempt for event in seen if isinstance(event, UnitBegan)] == [1, 2]
     (retried,) = (event for event in seen if isinstance(event, UnitRetried))
     assert (retried.attempt, retried.error) == (1, "OperationalError")
-    assert "Failing" in repr(Failing) or retried.opened_at
 
 
 def test_what_has_committed_once_never_runs_again(psycopg: Database) -> None:
@@ -231,9 +229,7 @@ def test_a_killed_connection_runs_again(psycopg: Database) -> None:
         if calls == 1:
             backend = session.scalar(text("SELECT pg_backend_pid()"))
             with Database(psycopg.engine.url) as beside:
-                beside.run(
-                    lambda s: s.execute(text(f"SELECT pg_terminate_backend({backend}, 5000)"))
-                )
+                beside.run(Session.execute, text(f"SELECT pg_terminate_backend({backend}, 5000)"))
             session.execute(select(1))
 
     psycopg.run(work)
@@ -299,12 +295,9 @@ def test_two_writers_of_one_sqlite_file_run_again(sqlite: Database) -> None:
             session.add(Item(name="pear"))
 
         with Database(sqlite.engine.url, pool_timeout=0.05) as database:
-            release = threading.Timer(0.3, other.rollback)
-            other_thread = threading.current_thread()
-            assert other_thread is not None
-            with pytest.raises(OperationalError, match="locked"):
+            with pytest.raises(OperationalError, match="locked") as error:
                 database.with_session(attempts=2)(work)()
-            del release
+            assert any("This was attempt 2" in note for note in error.value.__notes__)
             other.rollback()
             database.run(work)
     assert names(sqlite) == ["pear"]
@@ -333,10 +326,7 @@ class Refused(Exception):
         (Refused(sqlstate="57P01"), True),
         (Refused(sqlstate="08006"), True),
         # CockroachDB, as its documentation has them; not tried against a server.
-        (
-            Refused("restart transaction: TransactionRetryWithProtoRefreshError", sqlstate="40001"),
-            True,
-        ),
+        (Refused("restart transaction: TransactionRetryError", sqlstate="40001"), True),
         (Refused("result is ambiguous", sqlstate="40003"), False),
         (Refused(sqlstate="23505"), False),
         (Refused(sqlstate="57014"), False),

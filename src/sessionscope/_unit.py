@@ -396,11 +396,10 @@ class Unit(Generic[SessionT]):
         """Run the hooks that are due, unless the unit is to run again."""
         attempts, failure = self._attempts, self._failure
         has_committed = self._committed or self._scope.has_committed
-        may_repeat = attempts is not None and failure is not None and not has_committed
-        if may_repeat and attempts.judge(failure):
-            _hooks.drop(self._plain)
-            return False
-        return _hooks.run_due(self._plain)
+        if attempts is None or failure is None or has_committed or not attempts.judge(failure):
+            return _hooks.run_due(self._plain)
+        _hooks.drop(self._plain)
+        return False
 
     def _give_back(self) -> bool:
         """Close the session and free the slot; return whether there was something to close."""
