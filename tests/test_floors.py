@@ -25,7 +25,7 @@ FLOORS = [
     {"_backends", "_gate", "_interrupt", "_retry", "_sqlite", "_watch"},
     {"_async_backends", "_overlap", "_pool"},
     {"_guards", "_timer"},
-    {"_doom", "_entry", "_hooks", "_identity", "_read_only"},
+    {"_doom", "_entry", "_hooks", "_identity", "_mysql", "_read_only"},
     {"_commit", "_liveness", "_outcome"},
     {"_engines"},
     {"_source"},

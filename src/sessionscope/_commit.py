@@ -22,6 +22,7 @@ from sessionscope._doom import (
     has_lost_transaction,
 )
 from sessionscope._guards import Scope
+from sessionscope._identity import ask_late
 from sessionscope._places import describe
 from sessionscope._retry import mark, sqlstate_of
 from sessionscope._watch import UNIT
@@ -58,6 +59,8 @@ def verify_commits(engine: Engine, database: str) -> None:
         scope: Scope | None = info.get(UNIT)
         if scope is not None and scope.timer is not None:
             scope.timer.start_commit()
+        if scope is not None and scope.identity is not None and scope.identity.xid is None:
+            ask_late(scope.identity, proxied)
         info[_COMMITTING] = True
         # Not through the proxy, which looks its methods up the slow way.
         send_commit(proxied.dbapi_connection)  # type: ignore[arg-type]  # it is connected

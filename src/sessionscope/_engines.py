@@ -16,6 +16,7 @@ from sessionscope._backends import Backends
 from sessionscope._credentials import ask_for_credentials
 from sessionscope._identity import let_ride
 from sessionscope._liveness import keep_alive
+from sessionscope._mysql import limit_statements
 from sessionscope._options import Options, missing_driver
 from sessionscope._pool import (
     AsyncSharedQueuePool,
@@ -67,6 +68,7 @@ class Engines:
             else:
                 keep_alive(engine)
                 let_ride(engine)
+                limit_statements(engine)
             if options.credentials is not None:
                 ask_for_credentials(engine, options.credentials)
             assert isinstance(engine.pool, (SharedQueuePool, CountedNullPool))

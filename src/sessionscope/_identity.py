@@ -33,6 +33,7 @@ _WHICH_SERVER = (
     "AND EXISTS (SELECT FROM pg_language WHERE lanname = 'plpgsql')"
 )
 _ID = "SELECT pg_current_xact_id()"
+_ID_SO_FAR = "SELECT pg_current_xact_id_if_assigned()"
 # asyncpg drops the rows of a simple query, and hands on what the server reports.
 _TELL_ID = f"DO $$BEGIN RAISE INFO '{_SAYS_ID}%', pg_current_xact_id(); END$$"
 _OUTCOME = "SELECT pg_xact_status('{}'::xid8), server FROM ({}) AS here(server)"
@@ -100,6 +101,38 @@ def _with_libpq(scope: Scope, proxied: PoolProxiedConnection, limit: int | None)
         send(driver, "ROLLBACK")  # if the connection is lost, the next statement says so
     elif identity is not None and (xid := _value(result)):
         identity.xid = int(xid)
+
+
+def _with_psycopg2(scope: Scope, proxied: PoolProxiedConnection, limit: int | None) -> None:
+    """Note the server; the id is asked for before COMMIT, as nothing can ride with BEGIN."""
+    driver: Any = proxied.driver_connection
+    if driver.autocommit or driver.info.transaction_status != _PQTRANS_IDLE:
+        return
+
+    def ask() -> str | None:
+        driver.autocommit = True
+        try:
+            return _fetch(driver, _WHICH_SERVER)
+        except Exception:  # what only speaks PostgreSQL's protocol has no such functions
+            return None
+        finally:
+            driver.autocommit = False
+
+    scope.identity = _identity(scope, proxied, driver.info.backend_pid, ask)
+
+
+def ask_late(identity: Identity, proxied: PoolProxiedConnection) -> None:
+    """Ask for the id of a transaction that is about to commit, if it has one (a round trip)."""
+    if hasattr(proxied.driver_connection, "set_session"):  # psycopg2's
+        xid = _fetch(proxied.driver_connection, _ID_SO_FAR)
+        identity.xid = int(xid) if xid else None
+
+
+def _fetch(driver: Any, query: str) -> str | None:
+    with driver.cursor() as cursor:
+        cursor.execute(query)
+        row = cursor.fetchone()
+    return str(row[0]) if row and row[0] is not None else None
 
 
 def _identity(
@@ -209,5 +242,6 @@ def _hear(connection: Any, message: Any) -> None:
 _BEGINS: dict[tuple[str, str], _Begin] = {
     ("postgresql", "psycopg"): _with_libpq,
     ("postgresql", "psycopg_async"): _with_libpq,
+    ("postgresql", "psycopg2"): _with_psycopg2,
     ("postgresql", "asyncpg"): _with_asyncpg,
 }

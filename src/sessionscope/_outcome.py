@@ -6,7 +6,10 @@ from time import monotonic
 from sqlalchemy import Engine
 from sqlalchemy import exc as sa_exc
 
+from sessionscope._deadline import Deadline
 from sessionscope._identity import Identity
+from sessionscope._timer import limited
+from sessionscope.exc import DeadlineExceeded
 
 # Seconds for which the database is asked, and between two questions.
 _PATIENCE = 5.0
@@ -28,26 +31,32 @@ def has_committed(
         return None
     began = monotonic()
     until = began + (_PATIENCE if seconds is None else min(seconds, _PATIENCE))
-    while True:
-        status, server = _ask(identity, engine, end=monotonic() - began > _LET_IT_END)
+    while (left := until - monotonic()) > 0:
+        deadline = Deadline(left, None)
+        status, server = _ask(identity, engine, deadline, end=monotonic() - began > _LET_IT_END)
         if server is not None and server != identity.server:
             return None
         if status in ("committed", "aborted"):
             return status == "committed"
-        if monotonic() + _PAUSE >= until:
-            return None
         sleep(_PAUSE)
+    return None
 
 
-def _ask(identity: Identity, engine: Engine, *, end: bool) -> tuple[str | None, str | None]:
+def _ask(
+    identity: Identity, engine: Engine, deadline: Deadline, *, end: bool
+) -> tuple[str | None, str | None]:
     """Return the transaction's status, and who says so; nothing while no one answers."""
     try:
-        with engine.connect() as connection:
+        with (
+            limited(deadline, is_async=engine.dialect.is_async) as timer,
+            engine.connect() as connection,
+        ):
+            timer.use(connection)
             row = connection.exec_driver_sql(identity.ask_outcome).first()
             if row is None:  # a standby, so far
                 return None, None
             if row[0] == "in progress" and end:
                 connection.exec_driver_sql(identity.end_backend)
             return row[0], row[1]
-    except (sa_exc.DBAPIError, sa_exc.TimeoutError):
+    except (sa_exc.DBAPIError, sa_exc.TimeoutError, DeadlineExceeded):
         return None, None

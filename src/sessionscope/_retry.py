@@ -195,10 +195,14 @@ def is_transient(error: BaseException | None, database: str) -> bool:
     sqlstate = sqlstate_of(error.orig)
     if sqlstate is not None:
         return sqlstate in _SQLSTATES | _LOST_SQLSTATES or sqlstate.startswith("08")
-    code = getattr(error.orig, "sqlite_errorcode", None)
-    if code is not None:
-        return bool(code & 0xFF == _SQLITE_BUSY)
+    if is_busy(error.orig):
+        return True
     return next(iter(getattr(error.orig, "args", ())), None) in _MYSQL_CODES
+
+
+def is_busy(error: BaseException | None) -> bool:
+    """Return whether SQLite says that another connection has the database."""
+    return bool(getattr(error, "sqlite_errorcode", 0) & 0xFF == _SQLITE_BUSY)
 
 
 def sqlstate_of(error: BaseException | None) -> str | None:

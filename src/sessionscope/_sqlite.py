@@ -14,11 +14,13 @@ from typing import Any
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
+from sessionscope._deadline import current
 from sessionscope._options import Options
 
 # Keys in a connection's info: how its next transaction begins, if not as usual.
 _BEGIN = "sessionscope.begin"
 _QUERY_ONLY = "sessionscope.query_only"
+_PATIENCE = "sessionscope.patience"
 # And whether a transaction that we began should be open.
 BEGAN = "sessionscope.began"
 
@@ -76,6 +78,8 @@ def _prepare(engine: Engine, *, begin: str | None, wal: bool) -> None:
         if statement is None:
             return
         dbapi_connection: Any = proxied.dbapi_connection
+        if (deadline := current.get()) is not None:
+            info[_PATIENCE] = _wait_for_writers(dbapi_connection, deadline.remaining)
         dbapi_connection.execute(statement)
         info[BEGAN] = True
         if _QUERY_ONLY in info:
@@ -94,6 +98,19 @@ def _use_wal(dbapi_connection: Any) -> None:
         dbapi_connection.execute("PRAGMA journal_mode = WAL")
 
 
+def _wait_for_writers(dbapi_connection: Any, seconds: float) -> int:
+    """Wait at most so many *seconds*; return how many milliseconds it was so far.
+
+    While it waits for another process, SQLite does not see that it is interrupted.
+    """
+    cursor = dbapi_connection.cursor()
+    cursor.execute("PRAGMA busy_timeout")
+    (milliseconds,) = cursor.fetchone()
+    cursor.execute(f"PRAGMA busy_timeout = {min(milliseconds, int(seconds * 1000))}")
+    cursor.close()
+    return int(milliseconds)
+
+
 def _restore(dbapi_connection: Any, record: ConnectionPoolEntry) -> None:
     """Give the next user a connection as it was opened."""
     info = record.info
@@ -106,6 +123,8 @@ def _restore(dbapi_connection: Any, record: ConnectionPoolEntry) -> None:
     if driver_connection.in_transaction:
         # After a COMMIT that failed SQLite keeps the transaction open.
         dbapi_connection.rollback()
+    if _PATIENCE in info:
+        dbapi_connection.execute(f"PRAGMA busy_timeout = {info.pop(_PATIENCE)}")
     if _QUERY_ONLY in info:
         del info[_QUERY_ONLY]
         dbapi_connection.execute("PRAGMA query_only = 0")

@@ -13,8 +13,8 @@ import heapq
 import os
 import socket
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
 from time import monotonic
 from typing import Any
 
@@ -26,7 +26,7 @@ from sessionscope._backends import keep_socket
 from sessionscope._deadline import Deadline, current
 from sessionscope._interrupt import interrupt
 from sessionscope._overlap import METHODS
-from sessionscope._retry import sqlstate_of
+from sessionscope._retry import is_busy, sqlstate_of
 from sessionscope.exc import CommitUnknown, DeadlineExceeded, Phase, PoolBusy, SessionScopeError
 
 # Seconds for which a cancelled statement may take to end before its connection is cut.
@@ -218,6 +218,8 @@ def _cancel(line: _Line) -> None:
 def _says_timed_out(error: BaseException) -> bool:
     if not isinstance(error, DBAPIError):
         return False
+    if is_busy(error.orig):
+        return True
     code = next(iter(getattr(error.orig, "args", ())), None)
     return not _TIMED_OUT.isdisjoint({sqlstate_of(error.orig), code if type(code) is int else None})
 
@@ -282,6 +284,25 @@ def _forget() -> None:
 
 if hasattr(os, "register_at_fork"):  # Windows has no fork
     os.register_at_fork(after_in_child=_forget)
+
+
+@contextmanager
+def limited(deadline: Deadline, *, is_async: bool) -> Generator[Timer]:
+    """End what the block waits for, on the connection that it uses, at the *deadline*."""
+    timer = Timer(deadline, is_async=is_async)
+    token = current.set(deadline)
+    timer.enter("query")
+    try:
+        yield timer
+    except BaseException as error:
+        told = timer.translate(error)
+        if told is None:
+            raise
+        raise told from error
+    finally:
+        timer.leave()
+        current.reset(token)
+        timer.end()
 
 
 def timed(session_class: type[Any], key: str) -> type[Any]:
