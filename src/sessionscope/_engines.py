@@ -109,7 +109,9 @@ class Engines:
     @property
     def idle(self) -> int:
         """How many open connections no one uses."""
-        pools = {id(engine.pool): engine.pool for engine in (self.write, self.read, *self._reserved)}
+        pools = {
+            id(engine.pool): engine.pool for engine in (self.write, self.read, *self._reserved)
+        }
         return sum(p.checkedin() for p in pools.values() if isinstance(p, pool.QueuePool))
 
     async def settle(self) -> None:
