@@ -126,6 +126,7 @@ async def test_both_places_are_named_where_the_users_code_is(
     assert "the_first" in message
     assert "the_second" in message
     assert "opened at" in message
+    assert "async with database.begin() as session" in message
     assert isinstance(caught.value, sa_exc.InvalidRequestError)
 
 
@@ -194,6 +195,11 @@ def test_the_second_of_two_threads_is_refused_and_the_first_goes_on(database: Da
         lambda session: session.merge(Item(id=1, name="merged")),
         lambda session: session.begin_nested(),
         lambda session: session.close(),
+        lambda session: session.prepare(),
+        lambda session: session.bulk_save_objects([Item(name="bulk")]),
+        lambda session: session.bulk_insert_mappings(Item, [{"name": "bulk"}]),
+        lambda session: session.bulk_update_mappings(Item, [{"id": 1, "name": "bulk"}]),
+        lambda session: session.delete(next(iter(session.identity_map.values()))),
     ],
 )
 def test_everything_that_reaches_the_connection_is_guarded(

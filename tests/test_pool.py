@@ -130,15 +130,15 @@ def test_one_idle_connection_is_closed_for_one_checkout() -> None:
 def test_a_place_that_somebody_else_took_costs_another_idle_connection() -> None:
     class Stolen(SlowlyClosed):
         def close_one_idle(self) -> bool:
-            backends.give_back()
+            counted.give_back()
             if not self.closing:
-                backends.take(0)
+                counted.take(0)
             return super().close_one_idle()
 
     pool = Stolen()
-    backends = Backends(1, lambda: 0, lambda: [pool], Signal())
-    backends.take(0)
-    backends.take(0)
+    counted = Backends(1, lambda: 0, lambda: [pool], Signal())
+    counted.take(0)
+    counted.take(0)
     assert pool.closing == 2
 
 

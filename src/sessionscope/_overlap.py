@@ -22,14 +22,19 @@ from sessionscope.exc import SessionEnded, SessionShared
 # Everything through which a session reaches its connection.
 METHODS = (
     "begin_nested",
+    "bulk_insert_mappings",
+    "bulk_save_objects",
+    "bulk_update_mappings",
     "close",
     "commit",
     "connection",
+    "delete",
     "execute",
     "flush",
     "get",
     "get_one",
     "merge",
+    "prepare",
     "refresh",
     "rollback",
     "scalar",
@@ -128,11 +133,13 @@ def _refusal(session: Session, method: str, user: _User) -> SessionEnded | Sessi
 
 def _shared(session: Session, method: str, user: _User) -> SessionShared:
     first, second = there(user), here()
+    is_async = isinstance(user, asyncio.Task) or _LOOP in session.__dict__
+    begin = "async with database.begin()" if is_async else "with database.begin()"
     return SessionShared(
         f"{method}() was called{_at(second)} while another thread or task{_at(first)} is using "
         f"the session opened at {describe(opened_at(session))}. The second use was refused, the "
         "first goes on. A session serves one thread or task at a time: give each a unit of work "
-        "of its own, with database.begin() as session: ..."
+        f"of its own, {begin} as session: ..."
     )
 
 

@@ -316,8 +316,7 @@ class Unit(Generic[SessionT]):
             raise _used_twice()
         try:
             self.admit()
-            assert self._given is not None
-            return self._given
+            return self.session
         except BaseException:  # an interrupt, at the worst moment
             self.close()
             raise
