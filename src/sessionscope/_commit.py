@@ -142,10 +142,10 @@ def _note_failure(context: ExceptionContext, database: str) -> BaseException | N
     if connection.closed or connection.invalidated:
         return None
     info = connection.connection.info
-    scope: Scope | None = info.get(UNIT)
-    if scope is not None and scope.why is not None:
-        return scope.why
     orig = context.original_exception
+    scope: Scope | None = info.get(UNIT)
+    if scope is not None and scope.why is not None and isinstance(orig, Exception):
+        return scope.why
     if sqlstate_of(orig) == IN_FAILED_TRANSACTION and SUSPECT in info:
         return _doomed(info)
     was_commit = context.statement is None and info.pop(_COMMITTING, False)

@@ -5,8 +5,7 @@ from typing import Any
 from sqlalchemy import Engine, event
 from sqlalchemy.engine.default import DefaultExecutionContext
 
-from sessionscope._guards import Scope
-from sessionscope._watch import UNIT
+from sessionscope._deadline import current
 
 # What can be limited. MySQL knows a limit for SELECT only.
 _LIMITED = {"SELECT", "INSERT", "UPDATE", "DELETE", "REPLACE", "WITH"}
@@ -21,12 +20,11 @@ def limit_statements(engine: Engine) -> None:
 def _executing(
     cursor: Any, statement: str, parameters: Any, context: DefaultExecutionContext
 ) -> bool:
-    scope: Scope | None = context.root_connection.connection.info.get(UNIT)
-    if scope is None or scope.timer is None:
+    deadline = current.get()
+    if deadline is None:
         return False
     is_mariadb = bool(getattr(context.dialect, "is_mariadb", False))
-    limit = scope.timer.deadline.remaining
-    cursor.execute(limited(statement, limit, is_mariadb=is_mariadb), parameters)
+    cursor.execute(limited(statement, deadline.remaining, is_mariadb=is_mariadb), parameters)
     return True
 
 
