@@ -51,16 +51,16 @@ def verify_commits(engine: Engine, database: str) -> None:
 
     def do_commit(proxied: PoolProxiedConnection) -> None:
         info = proxied.info
-        if is_doomed(proxied):
+        scope: Scope | None = info.get(UNIT)
+        error = scope.why if scope is not None else None
+        if error is None and is_doomed(proxied):
             error = _doomed(info)
+        if error is not None:
             # Raising alone would give the open transaction back to the pool.
             dialect.do_rollback(proxied)
             raise error
-        scope: Scope | None = info.get(UNIT)
-        if scope is not None and scope.timer is not None:
-            scope.timer.start_commit()
-        if scope is not None and scope.identity is not None and scope.identity.xid is None:
-            ask_late(scope.identity, proxied)
+        if scope is not None and scope.on_begin is not None:
+            _prepare(scope, proxied)
         info[_COMMITTING] = True
         # Not through the proxy, which looks its methods up the slow way.
         send_commit(proxied.dbapi_connection)  # type: ignore[arg-type]  # it is connected
@@ -99,6 +99,14 @@ def verify_commits(engine: Engine, database: str) -> None:
     dialect.do_rollback_to_savepoint = do_rollback_to_savepoint  # type: ignore[method-assign]  # likewise
     event.listen(engine, "handle_error", failed)
     event.listen(engine, "checkin", returned)
+
+
+def _prepare(scope: Scope, proxied: PoolProxiedConnection) -> None:
+    """Prepare the COMMIT of a unit that has a deadline, or may run again."""
+    if scope.timer is not None:
+        scope.timer.start_commit()
+    if scope.identity is not None and scope.identity.xid is None:
+        ask_late(scope.identity, proxied)
 
 
 def is_committing(connection: Connection) -> bool:

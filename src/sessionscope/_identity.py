@@ -18,8 +18,8 @@ from sqlalchemy.util import await_only
 
 from sessionscope._guards import Scope
 
-# Of libpq: the command has failed, its last one has returned rows, and the connection is idle.
-_PGRES_FATAL_ERROR, _PGRES_TUPLES_OK, _PQTRANS_IDLE = 7, 2, 0
+# Of libpq: the command has returned rows; the connection is idle, or in a failed transaction.
+_PGRES_TUPLES_OK, _PQTRANS_IDLE, _PQTRANS_INERROR = 2, 0, 3
 
 # Key in a connection's info of the server that it leads to.
 _SERVER = "sessionscope.server"
@@ -97,8 +97,8 @@ def _with_libpq(scope: Scope, proxied: PoolProxiedConnection, limit: int | None)
     )
     command = "; ".join([_begin_like(driver), *_settings(limit), *([_ID] if identity else ())])
     result = send(driver, command)
-    if result.status == _PGRES_FATAL_ERROR and libpq.transaction_status != _PQTRANS_IDLE:
-        send(driver, "ROLLBACK")  # if the connection is lost, the next statement says so
+    if result is not None and libpq.transaction_status == _PQTRANS_INERROR:
+        send(driver, "ROLLBACK")
     elif identity is not None and (xid := _value(result)):
         identity.xid = int(xid)
 
@@ -164,19 +164,24 @@ def _begin_like(driver: Any) -> str:
 
 
 def _send(driver: Any, command: str) -> Any:
-    # psycopg's own execute() would send a BEGIN of its own before this one.
-    return driver.pgconn.exec_(command.encode())
+    """Return the result of *command*; where the connection is lost, the next statement says so."""
+    with suppress(sys.modules["psycopg"].Error):
+        # psycopg's own execute() would send a BEGIN of its own before this one.
+        return driver.pgconn.exec_(command.encode())
+    return None
 
 
 def _send_async(driver: Any, command: str) -> Any:
-    driver.pgconn.send_query(command.encode())
-    generators = sys.modules["psycopg.generators"]
-    return await_only(driver.wait(generators.execute(driver.pgconn)))[-1]
+    with suppress(sys.modules["psycopg"].Error):
+        driver.pgconn.send_query(command.encode())
+        generators = sys.modules["psycopg.generators"]
+        return await_only(driver.wait(generators.execute(driver.pgconn)))[-1]
+    return None
 
 
 def _value(result: Any) -> str | None:
     """Return the first value of a result that has one."""
-    if result.status != _PGRES_TUPLES_OK or not result.ntuples:
+    if result is None or result.status != _PGRES_TUPLES_OK or not result.ntuples:
         return None
     return str(result.get_value(0, 0).decode())
 

@@ -42,11 +42,20 @@ def interrupt(pool: Pool, driver_connection: Any) -> None:
 
 
 def cut(connection: Connection) -> None:
-    """End what a connection is doing, from another thread, and the connection with it."""
+    """End what a connection is doing, from another thread, and the connection with it.
+
+    SQLite's ends at once, and must not be closed while another thread is inside.
+    """
+    stop(connection)
+    if connection.dialect.name != "sqlite":
+        with suppress(Exception):
+            connection.invalidate()
+
+
+def stop(connection: Connection) -> None:
+    """End the statement that a connection is running, from another thread."""
     with suppress(Exception):
         interrupt(connection.engine.pool, connection.connection.driver_connection)
-    with suppress(Exception):
-        connection.invalidate()
 
 
 def leave_to_interrupt(driver_connection: Any) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
+from threading import Thread
 from time import monotonic, sleep
 from typing import Any, Generic
 
@@ -15,7 +16,7 @@ from sessionscope._deadline import Deadline
 from sessionscope._engines import CreateEngine, Engines
 from sessionscope._gate import Gate
 from sessionscope._guards import Scope
-from sessionscope._interrupt import cut
+from sessionscope._interrupt import stop
 from sessionscope._options import Options
 from sessionscope._places import describe, place_of
 from sessionscope._retry import Attempts, Budget, Call
@@ -165,7 +166,8 @@ class Source(Generic[SessionT]):
         connection = scope.connection
         scope.ended = True
         if connection is not None and not self.options.is_memory and not is_committing(connection):
-            cut(connection)
+            # In a thread of its own: a silent server does not answer to this either.
+            Thread(target=stop, args=(connection,), name="sessionscope-stop", daemon=True).start()
 
     def stats(self) -> Stats:
         """Return what the Database is doing now and has done so far."""
