@@ -27,7 +27,7 @@ from benchmarks._postgres import conninfo
 from benchmarks._report import Figure, Report
 from sessionscope import Database
 from sessionscope.exc import CommitUnknown, DeadlineExceeded
-from sessionscope.testing import FaultProxy, PostgresServer
+from sessionscope.testing import Fault, FaultProxy, PostgresServer
 
 _WRITERS = 4
 _PATIENCE = 60.0
@@ -199,7 +199,8 @@ def _ambiguous(server: PostgresServer, times: int) -> Iterator[Figure]:
     url = server.create_database()
     with Database(url) as direct:
         _Base.metadata.create_all(direct.engine)
-    for fault in ("cut before", "cut after"):
+    faults: tuple[Fault, ...] = ("cut before", "cut after")
+    for fault in faults:
         right = 0
         with (
             FaultProxy("127.0.0.1", make_url(url).port or 5432) as proxy,
@@ -207,7 +208,7 @@ def _ambiguous(server: PostgresServer, times: int) -> Iterator[Figure]:
         ):
             for number in range(times):
                 name, retried = f"{fault} {number}", database.stats().retried
-                proxy.aim(fault, b"COMMIT")  # type: ignore[arg-type]  # one of the two
+                proxy.aim(fault, b"COMMIT")
                 database.run(_append, name)
                 again = database.stats().retried - retried
                 right += _found(database)[name] == 1 and again == (fault == "cut before")

@@ -36,9 +36,9 @@ def pgbouncer(server: URL, folder: Path) -> Iterator[URL]:
     assert PROGRAM is not None
     port = _any_port()
     settings = folder / "pgbouncer.ini"
-    settings.write_text(_SETTINGS.format(
-        host=server.host, port=server.port, user=server.username, listen=port
-    ))
+    settings.write_text(
+        _SETTINGS.format(host=server.host, port=server.port, user=server.username, listen=port)
+    )
     user = {}
     if os.getuid() == 0:  # it refuses to run as root
         user = {"user": pwd.getpwnam("nobody").pw_uid}

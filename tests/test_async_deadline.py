@@ -9,7 +9,7 @@ from sqlalchemy import make_url, select, text
 
 from sessionscope import AsyncDatabase
 from sessionscope.exc import CommitUnknown, DeadlineExceeded
-from sessionscope.testing import FaultProxy
+from sessionscope.testing import Fault, FaultProxy
 from tests.async_drivers import create_tables, names, on_postgres, on_uvloop_too
 from tests.models import Item
 from tests.test_deadline import SLEEP
@@ -112,11 +112,11 @@ async def test_the_server_is_told(async_database: AsyncDatabase) -> None:
 @pytest.mark.parametrize("fault", ["cut before", "cut after"])
 @on_postgres
 async def test_a_lost_commit_is_resolved(
-    behind: tuple[AsyncDatabase, FaultProxy], fault: str
+    behind: tuple[AsyncDatabase, FaultProxy], fault: Fault
 ) -> None:
     database, proxy = behind
     await database.ping()
-    proxy.aim(fault, b"COMMIT")  # type: ignore[arg-type]  # one of the two
+    proxy.aim(fault, b"COMMIT")
 
     async def work(session: object) -> None:
         session.add(Item(name="pear"))  # type: ignore[attr-defined]

@@ -5,7 +5,7 @@ import multiprocessing
 import os
 from collections.abc import Callable
 
-from sqlalchemy import select, text
+from sqlalchemy import literal, select, text
 
 from sessionscope import AsyncDatabase, Database
 from tests.async_drivers import create_tables, on_servers
@@ -20,9 +20,8 @@ def wrong_answers(database: Database) -> int:
     wrong = 0
     for number in range(QUERIES):
         with database.begin(read_only=number % 2 == 0) as session:
-            wrong += session.scalar(select(text(f"{os.getpid()} * 1000 + {number}"))) != (
-                os.getpid() * 1000 + number
-            )
+            wanted = os.getpid() * 1000 + number
+            wrong += session.scalar(select(literal(wanted))) != wanted
     return wrong
 
 
@@ -81,10 +80,12 @@ def test_a_child_opens_units_while_the_parent_holds_all(postgres_url: str) -> No
     ):
         session.execute(select(1))
         assert (
-            answer_of_a_child(lambda: database.run(lambda session: session.scalar(select(2))))
+            answer_of_a_child(
+                lambda: database.run(lambda session: session.scalar(select(literal(2))))
+            )
             == "2"
         )
-        assert session.scalar(select(3)) == 3
+        assert session.scalar(select(literal(3))) == 3
 
 
 def test_a_session_of_ones_own_is_refused_as_well(database: Database) -> None:

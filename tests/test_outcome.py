@@ -8,7 +8,7 @@ from sqlalchemy.orm import Session
 
 from sessionscope import Database, after_commit
 from sessionscope.exc import CommitUnknown
-from sessionscope.testing import FaultProxy
+from sessionscope.testing import Fault, FaultProxy
 from tests.models import Item, create_tables, names
 
 
@@ -69,8 +69,8 @@ def test_a_commit_that_never_arrived_is_run_again(behind: Database, proxy: Fault
 
 @pytest.mark.parametrize("fault", ["cut before", "cut after"])
 def test_without_run_a_lost_commit_is_unknown(
-    behind: Database, proxy: FaultProxy, fault: str
+    behind: Database, proxy: FaultProxy, fault: Fault
 ) -> None:
-    proxy.aim(fault, b"COMMIT")  # type: ignore[arg-type]  # one of the two
+    proxy.aim(fault, b"COMMIT")
     with pytest.raises(CommitUnknown), behind.begin() as session:
         add(session, "pear")

@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager
-from functools import partial
 from time import monotonic
 from types import MappingProxyType, TracebackType
 from typing import Any, Concatenate, Generic, ParamSpec, Protocol, Self, TypeVar, overload
@@ -260,12 +259,12 @@ class AsyncDatabase(Generic[AsyncSessionT]):
     async def drain(self, timeout: float) -> bool:
         """Async version of :meth:`Database.drain`: the tasks that are left are cancelled."""
         source = self._source
-        wait = partial(asyncio.to_thread, source.wait_until_empty)
         with source.draining():
-            ended = await wait(monotonic() + timeout)
+            ended = await asyncio.to_thread(source.wait_until_empty, monotonic() + timeout)
             if not ended:
                 source.cut_off(timeout)
-                await wait(monotonic() + CUTTING_SECONDS)
+                until = monotonic() + CUTTING_SECONDS
+                await asyncio.to_thread(source.wait_until_empty, until)
             if not source.options.is_memory:  # which is the data
                 await self.dispose()
         return ended

@@ -24,7 +24,7 @@ from sessionscope._doom import (
 from sessionscope._guards import Scope
 from sessionscope._identity import ask_late
 from sessionscope._places import describe
-from sessionscope._retry import mark, sqlstate_of
+from sessionscope._retry import code_of, mark, sqlstate_of
 from sessionscope._watch import UNIT
 from sessionscope.exc import CommitUnknown, DatabaseUnavailable, TransactionDoomed
 
@@ -179,8 +179,7 @@ def _is_demoted(context: ExceptionContext, info: dict[Any, Any]) -> bool:
     if scope is None or scope.read_only:
         return False
     orig = context.original_exception
-    code = next(iter(getattr(orig, "args", ())), None)
-    return sqlstate_of(orig) == _READ_ONLY_TRANSACTION or code in _MYSQL_READ_ONLY
+    return sqlstate_of(orig) == _READ_ONLY_TRANSACTION or code_of(orig) in _MYSQL_READ_ONLY
 
 
 def _refuse_further_statements(connection: Connection) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Awaitable, Callable
 from inspect import isawaitable
-from typing import Any, cast
+from typing import Any
 
 from sqlalchemy import Engine, event
 from sqlalchemy.engine.interfaces import Dialect
@@ -36,14 +36,13 @@ def ask_for_credentials(engine: Engine, credentials: Credentials) -> None:
 
 def _login(credentials: Credentials) -> dict[str, str]:
     told = credentials()
-    login = cast(object, await_only(told) if isawaitable(told) else told)
+    login: Any = await_only(told) if isawaitable(told) else told
     if isinstance(login, str):
         return {"password": login}
-    if isinstance(login, tuple) and len(login) == 2:
-        user, password = login
-        return {"user": user, "password": password}
+    if isinstance(login, tuple) and len(login) == 2:  # pyright: ignore[reportUnknownArgumentType]  # any tuple
+        return {"user": login[0], "password": login[1]}
     # What it is is not said: it may hold a password.
+    kind: str = type(login).__name__  # pyright: ignore[reportUnknownArgumentType]  # likewise
     raise ConfigurationError(
-        f"credentials returned a {type(login).__name__}: return a password, or a pair of a user "
-        "and a password"
+        f"credentials returned a {kind}: return a password, or a pair of a user and a password"
     )

@@ -89,7 +89,7 @@ def begin(scope: Scope, connection: Connection) -> None:
 def _with_libpq(scope: Scope, proxied: PoolProxiedConnection, limit: int | None) -> None:
     driver: Any = proxied.driver_connection
     libpq = driver.pgconn
-    if driver.autocommit or libpq.transaction_status != _PQTRANS_IDLE:
+    if driver.autocommit or _status(libpq) != _PQTRANS_IDLE:
         return
     send = _send_async if scope.is_async else _send
     identity = scope.identity = _identity(
@@ -97,7 +97,7 @@ def _with_libpq(scope: Scope, proxied: PoolProxiedConnection, limit: int | None)
     )
     command = "; ".join([_begin_like(driver), *_settings(limit), *([_ID] if identity else ())])
     result = send(driver, command)
-    if result is not None and libpq.transaction_status == _PQTRANS_INERROR:
+    if _status(libpq) == _PQTRANS_INERROR:
         send(driver, "ROLLBACK")
     elif identity is not None and (xid := _value(result)):
         identity.xid = int(xid)
@@ -149,6 +149,10 @@ def _identity(
 
 def _settings(limit: int | None) -> list[str]:
     return [f"SET LOCAL statement_timeout = {limit}"] if limit is not None else []
+
+
+def _status(libpq: Any) -> int:
+    return int(libpq.transaction_status)
 
 
 def _begin_like(driver: Any) -> str:
@@ -221,7 +225,9 @@ def let_ride(engine: Engine) -> None:
 
 def _with_riders(connection_class: type[Any]) -> type[Any]:
 
-    class Connection(connection_class):  # type: ignore[misc]  # asyncpg's, or the user's
+    parent: Any = connection_class
+
+    class Connection(parent):  # type: ignore[misc]  # asyncpg's, or the user's
         riders = ""
         scope: Scope | None = None
         identity: Identity | None = None
@@ -233,8 +239,8 @@ def _with_riders(connection_class: type[Any]) -> type[Any]:
                 if scope.identity is not None:
                     self.identity = scope.identity
                     self.add_log_listener(_hear)
-            result: str = await super().execute(query, *args, timeout=timeout)
-            return result
+            status: str = await parent.execute(self, query, *args, timeout=timeout)
+            return status
 
     return Connection
 

@@ -197,7 +197,13 @@ def is_transient(error: BaseException | None, database: str) -> bool:
         return sqlstate in _SQLSTATES | _LOST_SQLSTATES or sqlstate.startswith("08")
     if is_busy(error.orig):
         return True
-    return next(iter(getattr(error.orig, "args", ())), None) in _MYSQL_CODES
+    return code_of(error.orig) in _MYSQL_CODES
+
+
+def code_of(error: BaseException | None) -> int | None:
+    """Return the number that MySQL's drivers put first in their errors, if there is one."""
+    arguments: tuple[Any, ...] = getattr(error, "args", ())
+    return arguments[0] if arguments and type(arguments[0]) is int else None
 
 
 def is_busy(error: BaseException | None) -> bool:
@@ -222,16 +228,21 @@ def _mapped_argument(call: Call) -> str | None:
 def _inside(arguments: Iterable[object], depth: int) -> Iterator[object]:
     for argument in arguments:
         yield argument
-        if not depth:
-            continue
-        if isinstance(argument, partial):
-            yield from _inside([argument.func, *argument.args, argument.keywords], depth - 1)
-        elif isinstance(argument, MethodType):
-            yield argument.__self__
-        elif isinstance(argument, Mapping):
-            yield from _inside([*argument.keys(), *argument.values()], depth - 1)
-        elif isinstance(argument, list | tuple | set | frozenset):
-            yield from _inside(argument, depth - 1)
+        if depth:
+            yield from _inside(_parts_of(argument), depth - 1)
+
+
+def _parts_of(argument: Any) -> Iterable[object]:
+    parts: Any = ()
+    if isinstance(argument, partial):
+        parts = argument.func, *argument.args, argument.keywords
+    elif isinstance(argument, MethodType):
+        parts = (argument.__self__,)
+    elif isinstance(argument, Mapping):
+        parts = (*argument.keys(), *argument.values())
+    elif isinstance(argument, list | tuple | set | frozenset):
+        parts = argument
+    return parts  # type: ignore[no-any-return]  # of whatever they are
 
 
 def _add_note(error: BaseException, note: str) -> None:

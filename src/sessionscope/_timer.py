@@ -26,7 +26,7 @@ from sessionscope._backends import keep_socket
 from sessionscope._deadline import Deadline, current
 from sessionscope._interrupt import interrupt
 from sessionscope._overlap import METHODS
-from sessionscope._retry import is_busy, sqlstate_of
+from sessionscope._retry import code_of, is_busy, sqlstate_of
 from sessionscope.exc import CommitUnknown, DeadlineExceeded, Phase, PoolBusy, SessionScopeError
 
 # Seconds for which a cancelled statement may take to end before its connection is cut.
@@ -38,7 +38,7 @@ _MANY = 1000
 _ENDINGS = ("close", "invalidate", "reset", "rollback")
 # What a server says by itself when the limit that it was told is over: PostgreSQL's
 # query_canceled, ER_QUERY_TIMEOUT of MySQL, ER_STATEMENT_TIMEOUT of MariaDB.
-_TIMED_OUT: set[object] = {"57014", 3024, 1969}
+_TIMED_OUT = {"57014", 3024, 1969}
 
 
 class _Line:
@@ -218,10 +218,8 @@ def _cancel(line: _Line) -> None:
 def _says_timed_out(error: BaseException) -> bool:
     if not isinstance(error, DBAPIError):
         return False
-    if is_busy(error.orig):
-        return True
-    code = next(iter(getattr(error.orig, "args", ())), None)
-    return not _TIMED_OUT.isdisjoint({sqlstate_of(error.orig), code if type(code) is int else None})
+    told = (sqlstate_of(error.orig), code_of(error.orig))
+    return is_busy(error.orig) or not _TIMED_OUT.isdisjoint(told)
 
 
 class _Watchdog:

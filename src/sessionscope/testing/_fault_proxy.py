@@ -45,7 +45,7 @@ class FaultProxy:
 
     def __init__(self, host: str, port: int) -> None:
         self._target = host, port
-        self._weather = _Weather()
+        self.weather = _Weather()
         self._aims: list[_Aim] = []
         self._links: set[_Link] = set()
         self._loop = asyncio.new_event_loop()
@@ -87,15 +87,15 @@ class FaultProxy:
 
     def set_delay(self, seconds: float) -> None:
         """Let everything that the client sends arrive *seconds* later."""
-        self._weather.delay = seconds
+        self.weather.delay = seconds
 
     def set_slices(self, size: int) -> None:
         """Pass everything on in pieces of *size* bytes; 0: as it comes."""
-        self._weather.slice = size
+        self.weather.slice = size
 
     def go_silent(self) -> None:
         """Take what is sent, on old and new connections, and pass nothing on, either way."""
-        self._weather.silent = True
+        self.weather.silent = True
 
     def cut(self) -> None:
         """Cut all connections that there are."""
@@ -103,7 +103,7 @@ class FaultProxy:
 
     def heal(self) -> None:
         """Forget all faults. What is lost stays lost."""
-        self._weather = _Weather()
+        self.weather = _Weather()
         self._do(self._aims.clear)
 
     def through(self, url: str) -> str:
@@ -155,7 +155,7 @@ class FaultProxy:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _strike(self, data: bytes) -> Fault | None:
+    def strike(self, data: bytes) -> Fault | None:
         """Return what is to happen to a connection on which the client has sent *data*."""
         for aim in self._aims:
             if aim.marker in data:
@@ -199,9 +199,9 @@ class _Link:
 
     async def _to_server(self) -> None:
         while data := await self.client_reader.read(_CHUNK):
-            if self.proxy._weather.delay:
-                await asyncio.sleep(self.proxy._weather.delay)
-            self.struck = self.struck or self.proxy._strike(data)
+            if self.proxy.weather.delay:
+                await asyncio.sleep(self.proxy.weather.delay)
+            self.struck = self.struck or self.proxy.strike(data)
             if self.struck == "cut before":
                 return
             await self._pass_on(data, self.server)
@@ -214,7 +214,7 @@ class _Link:
                 await self._pass_on(data, self.client)
 
     async def _pass_on(self, data: bytes, writer: asyncio.StreamWriter) -> None:
-        weather = self.proxy._weather
+        weather = self.proxy.weather
         if weather.silent:
             return
         size = weather.slice or len(data)
