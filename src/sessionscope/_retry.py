@@ -241,7 +241,7 @@ def _parts_of(argument: Any) -> Iterable[object]:
     elif isinstance(argument, Mapping):
         parts = (*argument.keys(), *argument.values())
     elif isinstance(argument, list | tuple | set | frozenset):
-        parts = argument
+        parts = tuple[Any, ...](argument)
     return parts  # type: ignore[no-any-return]  # of whatever they are
 
 
