@@ -16,6 +16,7 @@ beneath, the test's own if one is open, and are undone with that.
 """
 
 import threading
+import warnings
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -25,9 +26,9 @@ from sqlalchemy import exc as sa_exc
 from sqlalchemy.engine.interfaces import Dialect as SQLAlchemyDialect
 from sqlalchemy.pool import PoolProxiedConnection
 
-from sessionscope import Unit, exc
+from sessionscope import Unit
 from sessionscope.testing._dialects import Dialect
-from sessionscope.testing._errors import SandboxError
+from sessionscope.testing._errors import PoolBusy, SandboxError, TransactionDoomed
 from sessionscope.testing._places import here
 from sessionscope.testing._turns import Turns
 
@@ -47,7 +48,9 @@ class Transaction:
         "info",
         "read_only",
         "savepoint",
+        "took_over",
         "undone_by",
+        "unseen",
         "wrote",
     )
 
@@ -59,9 +62,16 @@ class Transaction:
         self.savepoint: str | None = None  # as long as it is on the stack
         self.at_home = False  # the thread that opened the sandbox has begun it
         self.wrote = False
+        self.unseen = False  # a cursor was made that may write what no one sees
         self.failed = False
         self.ended = False
+        self.took_over: str | None = None  # where one has begun whose commit is now part of it
         self.undone_by: str | None = None  # what has rolled it back unasked
+
+    @property
+    def keeps_its_place(self) -> bool:
+        """Whether it has written, or may have, and has not ended."""
+        return (self.wrote or self.unseen) and not self.ended
 
 
 # The transactions that the current flow of control, or one that started it, has begun.
@@ -84,14 +94,23 @@ class Stack:
         self._stack: list[Transaction] = []
         self._abandoned: list[Transaction] = []
         self._ended_by: str | None = None
+        self._complaint: str | None = None
         self._dialect.begin()
         self._send(f"SAVEPOINT {_OUTERMOST}")
+
+    def expect(self, transaction: Transaction) -> None:
+        """Make room for what a new cursor is about to send, unseen unless :meth:`run` follows."""
+        with self._turn(transaction):
+            self._refuse(transaction)
+            self._raise_to_top(transaction)
+            transaction.unseen = not transaction.read_only
 
     def run(self, transaction: Transaction, statement: str, execute: Callable[[], None]) -> None:
         """Call *execute*, which sends *statement*, as part of *transaction*."""
         with self._turn(transaction):
             self._refuse(transaction)
             self._raise_to_top(transaction)
+            transaction.unseen = False
             if not self._dialect.reads(statement) and not transaction.read_only:
                 transaction.wrote = True
             if statement.startswith("SAVEPOINT"):  # to give up ours would end that one as well
@@ -137,14 +156,13 @@ class Stack:
         """
         with self._turn():
             self.is_over = True
-            try:
-                if check and self._ended_by is None:
-                    self._check_what_is_open()
-            finally:
-                undone = self._try(f"ROLLBACK TO SAVEPOINT {_OUTERMOST}")
-                self.real.rollback()
+            broken = self._broken_constraint() if check and self._ended_by is None else None
+            undone = self._try(f"ROLLBACK TO SAVEPOINT {_OUTERMOST}")
+            self.real.rollback()
         if not undone:
             raise self._escaped()
+        if broken is not None:
+            raise broken
 
     @contextmanager
     def _turn(self, transaction: Transaction | None = None) -> Generator[None]:
@@ -169,7 +187,7 @@ class Stack:
         is_new = transaction.savepoint is None
         above = self._stack if is_new else self._stack[self._stack.index(transaction) + 1 :]
         for other in reversed(above):
-            if other.wrote and not other.ended:
+            if other.keeps_its_place:
                 waits = other in _begun.get() or Unit.encloses(other.info)
                 return None if waits or (is_new and other.at_home) else other
         return None
@@ -183,7 +201,10 @@ class Stack:
         if self._ended_by is not None:
             raise self._escaped()
         if transaction.undone_by is not None:
-            raise exc.TransactionDoomed(transaction.undone_by)
+            raise TransactionDoomed(transaction.undone_by)
+        if self._complaint is not None:
+            complaint, self._complaint = self._complaint, None
+            warnings.warn(complaint, RuntimeWarning, stacklevel=1)
 
     def _raise_to_top(self, transaction: Transaction) -> None:
         self._give_up_reader(transaction)
@@ -195,6 +216,7 @@ class Stack:
             self._send(f"SAVEPOINT {name}")
         transaction.savepoint = name
         transaction.ended = transaction.failed = transaction.wrote = False
+        transaction.took_over = None
         transaction.at_home = threading.get_ident() == self._home
         transaction.begun_at = here()
         self._stack.append(transaction)
@@ -204,9 +226,10 @@ class Stack:
 
     def _give_up_reader(self, transaction: Transaction) -> None:
         """Take the savepoint on top away if it is another one's, who has only read."""
-        if not self._stack or self._stack[-1] is transaction or self._stack[-1].wrote:
+        reader = self._stack[-1] if self._stack else transaction
+        if reader is transaction or reader.keeps_its_place or reader.ended:
             return
-        reader = self._stack.pop()
+        del self._stack[-1]
         name, reader.savepoint = reader.savepoint, None
         if not reader.read_only and self._try(f"RELEASE SAVEPOINT {name}"):
             return
@@ -222,7 +245,7 @@ class Stack:
         if not self._stack:
             raise self._escaped()
         failed = self._stack[-1]
-        self._send(f"ROLLBACK TO SAVEPOINT {failed.savepoint}")
+        self._undo(failed)
         failed.undone_by = _failed(failed)
 
     def _execute(self, statement: str, execute: Callable[[], None]) -> None:
@@ -254,6 +277,9 @@ class Stack:
             above.savepoint = None
         del self._stack[place + 1 :]
         self._send(f"ROLLBACK TO SAVEPOINT {transaction.savepoint}")
+        if transaction.took_over is not None:
+            self._complaint = _undone_with(transaction)
+        transaction.wrote = False
         self._end(transaction)
         if transaction.read_only:
             self._dialect.end_read_only()
@@ -269,25 +295,29 @@ class Stack:
             self._send(f"RELEASE SAVEPOINT {self._stack[first].savepoint}")
             for ended in self._stack[first:]:
                 ended.savepoint = None
+                if first and ended.wrote:
+                    self._stack[first - 1].took_over = ended.begun_at
             del self._stack[first:]
 
     def _check_constraints(self, transaction: Transaction) -> None:
-        if not transaction.wrote or self._stack[-1] is not transaction:
+        if not (transaction.wrote or transaction.unseen) or self._stack[-1] is not transaction:
             return
         self._dialect.check_constraints()
         if self._dialect.dangling_reference() is not None:
             raise self._errors.IntegrityError("FOREIGN KEY constraint failed")
 
-    def _check_what_is_open(self) -> None:
-        writing = [each for each in self._stack if each.wrote and not each.ended]
+    def _broken_constraint(self) -> Exception | None:
+        """Return what COMMIT would raise for the transactions that are still open."""
+        writing = [each for each in self._stack if each.keeps_its_place]
         if not writing or any(each.failed for each in writing):
-            return
+            return None
         try:
             self._check_constraints(writing[-1])
         except self._errors.Error as error:
-            raise sa_exc.DBAPIError.instance(
+            return sa_exc.DBAPIError.instance(
                 "COMMIT", None, error, self._errors.Error, dialect=self._sqlalchemy
-            ) from error
+            )
+        return None
 
     def _send(self, statement: str) -> list[Any]:
         if self._dialect.name == "sqlite" and not self._is_in_transaction(statement):
@@ -325,10 +355,10 @@ class Stack:
 
 def _too_late(holder: Transaction | None) -> Exception:
     if holder is None:
-        return exc.PoolBusy(
+        return PoolBusy(
             "The sandbox's one connection did not come free: a statement is running"
         )
-    return exc.PoolBusy(
+    return PoolBusy(
         "In a sandbox all share one connection, and the transaction that has begun at "
         f"{holder.begun_at} has written and did not end while {here()} waited for it. Commit it "
         "first, or test on a database without a sandbox (fixture postgres_url)"
@@ -340,6 +370,14 @@ def _failed(transaction: Transaction) -> str:
         f"A statement of this transaction, begun at {transaction.begun_at}, failed earlier, and "
         "the error was swallowed. Roll back, or run what may fail in a savepoint: "
         "with session.begin_nested(): ..."
+    )
+
+
+def _undone_with(beneath: Transaction) -> str:
+    return (
+        f"What the transaction begun at {beneath.took_over} has committed was undone by the "
+        f"rollback of the one begun at {beneath.begun_at}, which was open around it: in a sandbox "
+        "both share one connection. Commit that one first"
     )
 
 

@@ -15,6 +15,9 @@ from sessionscope.testing._errors import SandboxError
 from sessionscope.testing._stack import Stack, Transaction
 
 
+_LEVELS = ("AUTOCOMMIT", "READ COMMITTED", "READ UNCOMMITTED", "REPEATABLE READ", "SERIALIZABLE")
+
+
 class StandIn:
     """The sandbox's connection as one of its users sees it: with a transaction of its own.
 
@@ -32,13 +35,14 @@ class StandIn:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stack.real, name)
 
+    def cursor(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._stack.is_async or in_greenlet():
+            self._stack.expect(self._begun())
+        return self._stack.real.cursor(*args, **kwargs)
+
     def run(self, statement: str, execute: Callable[[], None]) -> None:
         """Run a statement of SQLAlchemy's."""
-        if self._transaction is None:
-            self._transaction = Transaction(
-                self._info, read_only=self._is_read_only, autocommit=self._is_autocommit
-            )
-        self._stack.run(self._transaction, statement, execute)
+        self._stack.run(self._begun(), statement, execute)
 
     def belong_to(self, info: dict[Any, Any]) -> None:
         """Learn the ``Connection.info`` that tells whose this is."""
@@ -74,6 +78,13 @@ class StandIn:
             self.rollback()
 
     terminate = close
+
+    def _begun(self) -> Transaction:
+        if self._transaction is None:
+            self._transaction = Transaction(
+                self._info, read_only=self._is_read_only, autocommit=self._is_autocommit
+            )
+        return self._transaction
 
 
 class SandboxPool(NullPool):
@@ -142,10 +153,16 @@ def _set_isolation_level(set_level: Callable[..., None], connection: Any, level:
         set_level(connection, level)
 
 
-_OURS: dict[str, Callable[..., None]] = {
+def _isolation_levels(levels: Callable[..., Any], connection: Any) -> Any:
+    # Another database stands in for the one whose levels the application knows.
+    return _LEVELS if isinstance(connection, StandIn) else levels(connection)
+
+
+_OURS: dict[str, Callable[..., Any]] = {
     "do_begin": _begin,
     "do_execute": _execute,
     "do_executemany": _execute,
     "do_execute_no_params": _execute,
+    "get_isolation_level_values": _isolation_levels,
     "set_isolation_level": _set_isolation_level,
 }
