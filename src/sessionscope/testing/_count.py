@@ -6,11 +6,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from sqlalchemy import event
+from sqlalchemy import Engine, event
+from sqlalchemy.engine.base import OptionEngine
 
 from sessionscope.testing._places import here
-
-_EVENTS = ("do_execute", "do_executemany", "do_execute_no_params")
 
 
 class _Database(Protocol):
@@ -44,22 +43,25 @@ def count_statements(
     """
     sent: list[Statement] = []
 
-    def note(cursor: object, statement: str, *rest: object) -> None:
+    def note(connection: object, cursor: object, statement: str, *rest: object) -> None:
         sent.append(Statement(" ".join(statement.split()), here()))
 
-    engines = (database.engine, database.read_engine)
-    dialects = {engine.dialect for engine in engines}
-    for dialect in dialects:
-        for name in _EVENTS:
-            event.listen(dialect, name, note)
+    engines = _engines(database)
+    for engine in engines:
+        event.listen(engine, "before_cursor_execute", note)
     try:
         yield sent
     finally:
-        for dialect in dialects:
-            for name in _EVENTS:
-                event.remove(dialect, name, note)
+        for engine in engines:
+            event.remove(engine, "before_cursor_execute", note)
     if limit is not None and len(sent) > limit:
         raise TooManyStatements(_complaint(sent, limit))
+
+
+def _engines(database: _Database) -> list[Engine]:
+    write, read = (getattr(e, "sync_engine", e) for e in (database.engine, database.read_engine))
+    # In memory the one is a view of the other, and hears its events.
+    return [write] if isinstance(read, OptionEngine) else [write, read]
 
 
 def _complaint(sent: list[Statement], limit: int) -> str:

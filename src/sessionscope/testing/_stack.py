@@ -15,16 +15,19 @@ A commit gives the savepoint up once it is on top. Its rows then belong to the t
 beneath, the test's own if one is open, and are undone with that.
 """
 
+import asyncio
 import threading
 import warnings
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 from sqlalchemy import exc as sa_exc
 from sqlalchemy.engine.interfaces import Dialect as SQLAlchemyDialect
 from sqlalchemy.pool import PoolProxiedConnection
+from sqlalchemy.util import await_only, greenlet_spawn
 
 from sessionscope import Unit
 from sessionscope.testing._dialects import Dialect
@@ -95,6 +98,7 @@ class Stack:
         self._abandoned: list[Transaction] = []
         self._ended_by: str | None = None
         self._complaint: str | None = None
+        self._at_work: asyncio.Task[Any] | None = None
         self._dialect.begin()
         self._send(f"SAVEPOINT {_OUTERMOST}")
 
@@ -117,9 +121,14 @@ class Stack:
                 transaction.wrote = True
             try:
                 self._execute(statement, execute)
-            except BaseException:
+            except Exception:
                 transaction.failed = True
                 self._go_on_without(transaction)
+                raise
+            except BaseException:  # cancelled, and it may be again at every await
+                transaction.failed = True
+                if transaction.autocommit:
+                    self.abandon(transaction)
                 raise
             if transaction.autocommit and transaction.wrote:
                 self._end(transaction)
@@ -178,6 +187,8 @@ class Stack:
             return _too_late(holder())
 
         with self._turns.turn(is_possible, too_late):
+            if self._at_work is not None and not self._at_work.done():
+                await_only(asyncio.wait([self._at_work]))
             while self._abandoned and not self.is_over:
                 self._undo(self._abandoned.pop())
             yield
@@ -250,10 +261,10 @@ class Stack:
 
     def _execute(self, statement: str, execute: Callable[[], None]) -> None:
         if not self._dialect.may_end_the_transaction(statement):
-            execute()
+            self._drive(execute, interruptible=True)
             return
         self._try(f"SAVEPOINT {_PROBE}")
-        execute()
+        self._drive(execute)
         if not self._try(f"RELEASE SAVEPOINT {_PROBE}"):
             self._ended_by = f"{' '.join(statement.split())[:80]!r} at {here()}"
             raise self._escaped()
@@ -322,12 +333,24 @@ class Stack:
     def _send(self, statement: str) -> list[Any]:
         if self._dialect.name == "sqlite" and not self._is_in_transaction(statement):
             raise self._escaped()  # SAVEPOINT would begin, and RELEASE commit
-        cursor = self.real.cursor()
+        rows: list[Any] = self._drive(partial(_execute, self.real, statement))
+        return rows
+
+    def _drive(self, work: Callable[[], Any], *, interruptible: bool = False) -> Any:
+        """Let the driver *work*, to its end even if the task that waits for it is cancelled."""
+        return await_only(self._in_a_task(work, interruptible)) if self.is_async else work()
+
+    async def _in_a_task(self, work: Callable[[], Any], interruptible: bool) -> Any:
+        # Under a cancelled anyio scope every await is cancelled, and the second time psycopg
+        # closes the connection. A task of its own is cancelled once.
+        self._at_work = task = asyncio.ensure_future(greenlet_spawn(work))
         try:
-            cursor.execute(statement)
-            return list(cursor.fetchall()) if cursor.description else []
-        finally:
-            cursor.close()
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            task.add_done_callback(_retrieve)
+            if interruptible:
+                task.cancel()
+            raise
 
     def _is_in_transaction(self, statement: str) -> bool:
         begun = bool(self._driver_connection.in_transaction)
@@ -351,6 +374,21 @@ class Stack:
             f"{what} has ended the sandbox's transaction: what was written until then may be "
             f"stored for good, and other tests may see it. {mend}"
         )
+
+
+def _execute(connection: Any, statement: str) -> list[Any]:
+    cursor = connection.cursor()
+    try:
+        cursor.execute(statement)
+        return list(cursor.fetchall()) if cursor.description else []
+    finally:
+        cursor.close()
+
+
+def _retrieve(task: "asyncio.Task[Any]") -> None:
+    """Take a task's error, for which no one waits any more."""
+    if not task.cancelled():
+        task.exception()
 
 
 def _too_late(holder: Transaction | None) -> Exception:

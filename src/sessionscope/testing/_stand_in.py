@@ -77,7 +77,11 @@ class StandIn:
         else:
             self.rollback()
 
-    terminate = close
+    def terminate(self) -> None:
+        if self._stack.is_async:
+            self._stack.abandon(self._transaction)  # its task was cancelled
+        else:
+            self.close()
 
     def _begun(self) -> Transaction:
         if self._transaction is None:
