@@ -129,7 +129,10 @@ WORDS = {
     "test_sandbox": ("an empty test in a sandbox", "test_empty"),
     "test_session": ("with a session that is not used", "test_empty"),
     "test_insert": ("with a session, INSERT and commit", "test_empty"),
-    "test_async_sandbox": ("asyncpg, with an event loop and a connection per test", "test_async_empty"),
+    "test_async_sandbox": (
+        "asyncpg, with an event loop and a connection per test",
+        "test_async_empty",
+    ),
 }
 
 
@@ -170,7 +173,9 @@ def _middle(seconds: list[float]) -> Spread:
 
 def _random(report: Report, database: URL, *, tests: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        said = _pytest(Path(folder), RANDOM.format(tests=tests), database, "-n", "4", "-p", "no:asyncio")
+        said = _pytest(
+            Path(folder), RANDOM.format(tests=tests), database, "-n", "4", "-p", "no:asyncio"
+        )
         left = [json.loads(path.read_text()) for path in Path(folder).glob("left-*.json")]
     passed = tests if f"{tests} passed" in said else 0
     name = "random tests on one PostgreSQL, 4 workers"
@@ -214,7 +219,14 @@ def _pytest(folder: Path, tests: str, database: URL, *options: str) -> str:
     (folder / "conftest.py").write_text(CONFTEST.format(), encoding="utf-8")
     (folder / "test_it.py").write_text(tests, encoding="utf-8")
     path = ":".join([str(ROOT), str(ROOT / "src"), *filter(None, sys.path)])
-    plugins = ("-p", "sessionscope.pytest_plugin", "-p", "no:cacheprovider", "--rootdir", str(folder))
+    plugins = (
+        "-p",
+        "sessionscope.pytest_plugin",
+        "-p",
+        "no:cacheprovider",
+        "--rootdir",
+        str(folder),
+    )
     finished = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", *plugins, *options],
         cwd=folder,

@@ -135,9 +135,7 @@ def test_pytest_asyncio_runs_the_asynchronous_fixtures(
 
 
 @pytest.mark.parametrize("options", [["-p", "no:asyncio"], []], ids=["alone", "beside asyncio"])
-def test_anyio_runs_the_asynchronous_fixtures(
-    project: pytest.Pytester, options: list[str]
-) -> None:
+def test_anyio_runs_the_asynchronous_fixtures(project: pytest.Pytester, options: list[str]) -> None:
     backend = "@pytest.fixture\ndef anyio_backend():\n    return 'asyncio'\n"
     marks = f"pytestmark = pytest.mark.anyio\n\n{backend}"
     project.makepyfile(test_items=ASYNC_TESTS.format(marks=marks))
@@ -196,7 +194,11 @@ loaded = {"sqlalchemy", "sessionscope._database", "sessionscope.testing._stack"}
 sys.exit(f"{loaded} {status}" if loaded or status else 0)
 """
     finished = subprocess.run(
-        [sys.executable, "-c", script], cwd=pytester.path, capture_output=True, text=True, check=False
+        [sys.executable, "-c", script],
+        cwd=pytester.path,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert finished.returncode == 0, finished.stderr
     assert "1 test collected" in finished.stdout
@@ -271,7 +273,9 @@ def test_random_tests_on_four_workers_see_and_leave_no_row(
         """
     )
     run(pytester, "-p", "no:asyncio", "-n", "4", "-q").assert_outcomes(passed=200)
-    lines = {name: (pytester.path / name).read_text().split() for name in ("filled", "urls", "left")}
+    lines = {
+        name: (pytester.path / name).read_text().split() for name in ("filled", "urls", "left")
+    }
     assert lines["filled"] == ["filled"]
     assert len(set(lines["urls"])) == 4
     assert len({url.rpartition("/")[0] for url in lines["urls"]}) == 1, "one server"

@@ -3,10 +3,11 @@
 import asyncio
 import threading
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import pytest
 from sqlalchemy import create_engine, func, insert, select, text
-from sqlalchemy.exc import IntegrityError, OperationalError
+from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
 from sqlalchemy.orm import sessionmaker
 from sqlalchemy.pool import StaticPool
 
@@ -134,13 +135,10 @@ def test_read_only_units_see_what_is_not_committed_and_refuse_to_write(boxed: Da
 
 def test_what_a_read_only_unit_writes_as_text_is_not_there_afterwards(boxed: Database) -> None:
     """PostgreSQL and SQLite refuse it; MySQL has no switch inside of a transaction."""
+    may_write = boxed.engine.dialect.name == "mysql"
     with boxed.begin(read_only=True) as session:
-        try:
+        with nullcontext() if may_write else pytest.raises(DBAPIError):
             session.execute(text("INSERT INTO item (name) VALUES ('pear')"))
-        except Exception as error:
-            assert boxed.engine.dialect.name != "mysql", error
-        else:
-            assert boxed.engine.dialect.name == "mysql"
         assert session.scalar(select(1)) == 1, "a statement that fails ends no unit of its kind"
     with boxed.begin() as session:
         session.add(Item(name="plum"))
@@ -503,7 +501,9 @@ def test_two_that_wait_for_each_other_are_told_where(
     thread.start()
     has_written.wait()
     try:
-        with pytest.raises(PoolBusy, match=r"begun at .*test_sandbox\.py:\d+ .*write.*postgres_url"):
+        with pytest.raises(
+            PoolBusy, match=r"begun at .*test_sandbox\.py:\d+ .*write.*postgres_url"
+        ):
             with boxed.begin() as session:
                 session.add(Item(name="plum"))
     finally:

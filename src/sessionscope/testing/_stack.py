@@ -393,9 +393,7 @@ def _retrieve(task: "asyncio.Task[Any]") -> None:
 
 def _too_late(holder: Transaction | None) -> Exception:
     if holder is None:
-        return PoolBusy(
-            "The sandbox's one connection did not come free: a statement is running"
-        )
+        return PoolBusy("The sandbox's one connection did not come free: a statement is running")
     return PoolBusy(
         "In a sandbox all share one connection, and the transaction that has begun at "
         f"{holder.begun_at} has written and did not end while {here()} waited for it. Commit it "

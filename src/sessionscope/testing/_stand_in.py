@@ -14,7 +14,6 @@ from sqlalchemy.util.concurrency import in_greenlet
 from sessionscope.testing._errors import SandboxError
 from sessionscope.testing._stack import Stack, Transaction
 
-
 _LEVELS = ("AUTOCOMMIT", "READ COMMITTED", "READ UNCOMMITTED", "REPEATABLE READ", "SERIALIZABLE")
 
 
