@@ -54,11 +54,11 @@ class Dialect:
     def check_constraints(self) -> None:
         """Raise for the deferred constraints what COMMIT would raise."""
         if self.name == "postgresql":
-            # In a savepoint of its own: the constraints are deferred again afterwards.
+            # In a savepoint of its own: the constraints are deferred again afterwards. It ends
+            # with that of the transaction, which is released next.
             self._send("SAVEPOINT sessionscope_check")
             self._send("SET CONSTRAINTS ALL IMMEDIATE")
             self._send("ROLLBACK TO SAVEPOINT sessionscope_check")
-            self._send("RELEASE SAVEPOINT sessionscope_check")
 
     def dangling_reference(self) -> str | None:
         """Return the table with a row whose foreign key leads nowhere, on SQLite."""
