@@ -23,6 +23,7 @@ from benchmarks import (
     questions,
     report,
     requests,
+    sandbox,
     survival,
 )
 from benchmarks._report import Report, dump, machine, show
@@ -54,6 +55,7 @@ def _all(url: str | None = None, *, short: bool = False) -> dict[str, Callable[[
         "questions": partial(questions.run, url=url, short=short),
         "costs": partial(costs.run, url=url, short=short),
         "growth": partial(growth.run, url=url, short=short),
+        "sandbox": partial(sandbox.run, url=url, short=short),
         "checker": partial(checker.run, short=short),
     }
 

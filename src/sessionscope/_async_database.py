@@ -2,12 +2,13 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from time import monotonic
 from types import MappingProxyType, TracebackType
 from typing import Any, Concatenate, Generic, ParamSpec, Protocol, Self, TypeVar, overload
 
-from sqlalchemy import URL, literal, select
+from sqlalchemy import URL, Pool, literal, select
+from sqlalchemy.engine.interfaces import Dialect
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session
 from sqlalchemy.util import greenlet_spawn
@@ -255,6 +256,12 @@ class AsyncDatabase(Generic[AsyncSessionT]):
 
     def limit_waiting_threads(self, threads: Callable[[], int | None]) -> None:
         """Async version of :meth:`Database.limit_waiting_threads`: its units wait in none."""
+
+    def connections_from(
+        self, pool: Pool, dialect: Dialect | None = None
+    ) -> AbstractContextManager[None]:
+        """Async version of :meth:`Database.connections_from`, which does no I/O either."""
+        return self._source.engines.connections_from(pool, dialect)
 
     async def drain(self, timeout: float) -> bool:
         """Async version of :meth:`Database.drain`: the tasks that are left are cancelled."""

@@ -6,7 +6,8 @@ from time import monotonic, sleep
 from types import MappingProxyType, TracebackType
 from typing import Any, Concatenate, Generic, ParamSpec, Protocol, Self, TypeVar, overload
 
-from sqlalchemy import URL, Engine, literal, select
+from sqlalchemy import URL, Engine, Pool, literal, select
+from sqlalchemy.engine.interfaces import Dialect
 from sqlalchemy.orm import Session, sessionmaker
 from typing_extensions import TypeVar as TypeVarWithDefault
 
@@ -257,6 +258,16 @@ class Database(Generic[SessionT]):
         same callable share the pool.
         """
         self._source.limit_waiting_threads(threads)
+
+    def connections_from(
+        self, pool: Pool, dialect: Dialect | None = None
+    ) -> AbstractContextManager[None]:
+        """For integrations: take all connections from *pool* meanwhile, on every engine.
+
+        It may lead to another database, whose *dialect* is then needed. Connections that are in
+        use stay what they are. Not for two threads at once.
+        """
+        return self._source.engines.connections_from(pool, dialect)
 
     def drain(self, timeout: float) -> bool:
         """Refuse new units, wait at most *timeout* seconds for those at work to end.

@@ -2,13 +2,15 @@
 
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from copy import copy
 from threading import TIMEOUT_MAX, Lock
 from typing import Any
 
 from sqlalchemy import Engine, pool
 from sqlalchemy import exc as sa_exc
+from sqlalchemy.engine.interfaces import Dialect
 
 from sessionscope import _sqlite
 from sessionscope._async_backends import AsyncBackends
@@ -123,6 +125,24 @@ class Engines:
                 assert isinstance(engine.pool, (SharedQueuePool, CountedNullPool))
                 engine.pool.share(self._reserve)
         return self._reserved[read_only]
+
+    @contextmanager
+    def connections_from(self, other: pool.Pool, dialect: Dialect | None) -> Generator[None]:
+        """Take all connections from another pool meanwhile, which may be another database's."""
+        if not self.options.is_sqlite:
+            self._in_reserve(read_only=False)  # made now, they are not made of what stands in
+        engines = (self.write, self.read, *self._reserved)
+        kept = [(engine, engine.pool, engine.dialect) for engine in engines]
+        views, self._views = self._views, {}
+        try:
+            for engine in engines:
+                engine.pool = other
+                engine.dialect = dialect or engine.dialect
+            yield
+        finally:
+            for engine, own_pool, own_dialect in kept:
+                engine.pool, engine.dialect = own_pool, own_dialect
+            self._views = views
 
     @property
     def idle(self) -> int:

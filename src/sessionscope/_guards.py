@@ -139,6 +139,11 @@ def open_scopes(owner: object) -> list[Scope]:
     ]
 
 
+def is_held(scope: Scope) -> bool:
+    """Return whether the current flow of control holds *scope*, or one that started it did."""
+    return scope in _held.get()
+
+
 def _is_same_flow(scope: Scope) -> bool:
     if scope.task is None:  # a loop that runs in the unit's own thread blocks the unit
         return scope.thread == threading.get_ident()

@@ -233,7 +233,7 @@ def _inside(arguments: Iterable[object], depth: int) -> Iterator[object]:
 
 
 def _parts_of(argument: Any) -> Iterable[object]:
-    parts: Any = ()
+    parts: Iterable[object] = ()
     if isinstance(argument, partial):
         parts = argument.func, *argument.args, argument.keywords
     elif isinstance(argument, MethodType):
@@ -241,8 +241,8 @@ def _parts_of(argument: Any) -> Iterable[object]:
     elif isinstance(argument, Mapping):
         parts = (*argument.keys(), *argument.values())
     elif isinstance(argument, list | tuple | set | frozenset):
-        parts = tuple[Any, ...](argument)
-    return parts  # type: ignore[no-any-return]  # of whatever they are
+        parts = iter(argument)  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]  # of anything
+    return parts
 
 
 def _add_note(error: BaseException, note: str) -> None:

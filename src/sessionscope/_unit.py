@@ -1,7 +1,7 @@
 """Unit: the only place where a unit of work begins, commits, rolls back and closes."""
 
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from functools import partial
 from time import monotonic
@@ -21,6 +21,7 @@ from sessionscope._places import Place, caller, describe
 from sessionscope._retry import Attempts
 from sessionscope._source import SessionT, Source
 from sessionscope._timer import Timer
+from sessionscope._watch import UNIT
 from sessionscope.events import Outcome, UnitBegan, UnitEnded, UnitRefused, UnitWaited
 from sessionscope.exc import (
     CommitUnknown,
@@ -239,6 +240,16 @@ class Unit(Generic[SessionT]):
         """
         if self._give_back():
             self._run_due()
+
+    @staticmethod
+    def encloses(info: Mapping[Any, Any]) -> bool:
+        """For integrations: whether this flow of control is part of a connection's unit.
+
+        *info* is ``Connection.info``. Part of a unit is the flow that opened it, and what that
+        flow has started since: its tasks, and the threads that got its context.
+        """
+        scope: Scope | None = info.get(UNIT)
+        return scope is not None and _guards.is_held(scope)
 
     @staticmethod
     def end_all(units: "Collection[Unit[Any]]", how: "Callable[[Unit[Any]], None]") -> None:

@@ -1,0 +1,87 @@
+"""What databases do not agree on: how a transaction begins, and what ends it unasked."""
+
+from collections.abc import Callable
+from typing import Any
+
+# Runs a statement on the driver's connection and returns its rows, if it has any.
+Send = Callable[[str], list[Any]]
+
+_READS = {"DESC", "DESCRIBE", "EXPLAIN", "PRAGMA", "SELECT", "SHOW", "TABLE", "VALUES"}
+_ENDS = {"ABORT", "COMMIT", "END", "PREPARE", "ROLLBACK"}
+# MySQL commits before each of them, whatever comes of it
+# (https://dev.mysql.com/doc/refman/8.4/en/implicit-commit.html).
+_MYSQL_ENDS = {
+    *("ALTER", "ANALYZE", "BEGIN", "CREATE", "DROP", "FLUSH", "GRANT", "INSTALL", "LOCK"),
+    *("OPTIMIZE", "RENAME", "REPAIR", "RESET", "REVOKE", "SET", "START", "TRUNCATE", "XA"),
+}
+
+_BEGIN = {"sqlite": "BEGIN", "mysql": "START TRANSACTION"}
+# How a transaction is made read-only, and how that ends, if not with its savepoint.
+_READ_ONLY = {
+    "postgresql": ("SET TRANSACTION READ ONLY", None),
+    "sqlite": ("PRAGMA query_only = 1", "PRAGMA query_only = 0"),
+}
+
+
+class Dialect:
+    """One database's ways, as far as a sandbox needs them."""
+
+    def __init__(self, name: str, send: Send) -> None:
+        self.name = "mysql" if name == "mariadb" else name
+        self._send = send
+        self._dangling: frozenset[tuple[Any, ...]] = frozenset()
+        self._checks_foreign_keys = False
+
+    def begin(self) -> None:
+        """Begin the transaction around everything; most drivers do it by themselves."""
+        if self.name == "sqlite":
+            self._checks_foreign_keys = bool(self._send("PRAGMA foreign_keys")[0][0])
+            self._dangling = self._dangling_rows()
+        if self.name in _BEGIN:
+            self._send(_BEGIN[self.name])
+
+    def make_read_only(self) -> None:
+        """Refuse writes from here on, where the database can, in the savepoint just made."""
+        if self.name in _READ_ONLY:
+            self._send(_READ_ONLY[self.name][0])
+
+    def end_read_only(self) -> None:
+        """Allow writes again, after that savepoint was rolled back."""
+        switch = _READ_ONLY.get(self.name, (None, None))[1]
+        if switch is not None:
+            self._send(switch)
+
+    def check_constraints(self) -> None:
+        """Raise for the deferred constraints what COMMIT would raise."""
+        if self.name == "postgresql":
+            # In a savepoint of its own: the constraints are deferred again afterwards. It ends
+            # with that of the transaction, which is released next.
+            self._send("SAVEPOINT sessionscope_check")
+            self._send("SET CONSTRAINTS ALL IMMEDIATE")
+            self._send("ROLLBACK TO SAVEPOINT sessionscope_check")
+
+    def dangling_reference(self) -> str | None:
+        """Return the table with a row whose foreign key leads nowhere, on SQLite."""
+        new = self._dangling_rows() - self._dangling
+        return next((str(row[0]) for row in new), None)
+
+    def reads(self, statement: str) -> bool:
+        """Return whether *statement* changes nothing, as far as its first word tells."""
+        return _first_words(statement)[0] in _READS
+
+    def may_end_the_transaction(self, statement: str) -> bool:
+        """Return whether *statement* is one that may commit or roll back everything."""
+        first, second = _first_words(statement)
+        if (first, second) == ("ROLLBACK", "TO"):
+            return False
+        return first in _ENDS or (self.name == "mysql" and first in _MYSQL_ENDS)
+
+    def _dangling_rows(self) -> frozenset[tuple[Any, ...]]:
+        if not self._checks_foreign_keys:
+            return frozenset()
+        return frozenset(tuple(row) for row in self._send("PRAGMA foreign_key_check"))
+
+
+def _first_words(statement: str) -> tuple[str, str]:
+    first, second, *_ = [*statement.lstrip(" \t\r\n(").split(None, 2), "", ""]
+    return first.rstrip(";").upper(), second.rstrip(";").upper()

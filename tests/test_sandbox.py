@@ -1,0 +1,531 @@
+"""A sandbox: everything that a Database hands out is rolled back with the test."""
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from contextlib import nullcontext
+
+import pytest
+from sqlalchemy import create_engine, func, insert, select, text
+from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
+from sqlalchemy.orm import sessionmaker
+from sqlalchemy.pool import StaticPool
+
+from sessionscope import AsyncDatabase, Database, after_commit
+from sessionscope.exc import (
+    ConfigurationError,
+    NestedUnit,
+    PoolBusy,
+    ReadOnlyUnit,
+    TransactionDoomed,
+)
+from sessionscope.testing import SandboxError, sandbox
+from tests.models import Base, Item, Note, create_tables, names
+
+on_one_server = pytest.mark.parametrize("url", ["postgres"], indirect=True)
+where_ddl_rolls_back = pytest.mark.parametrize("url", ["postgres", "sqlite-memory"], indirect=True)
+where_constraints_wait = pytest.mark.parametrize(
+    "url", ["postgres", "psycopg2", "sqlite-file", "sqlite-memory"], indirect=True
+)
+
+
+@pytest.fixture
+def boxed(database: Database) -> Iterator[Database]:
+    """A Database in a sandbox, of which nothing must be left."""
+    with sandbox(database):
+        yield database
+    assert names(database) == []
+
+
+def test_a_committed_unit_is_seen_by_all_and_gone_afterwards(database: Database) -> None:
+    with sandbox(database):
+        with database.begin() as session:
+            session.add(Item(name="pear"))
+        assert names(database) == ["pear"]
+    assert names(database) == []
+
+
+def test_every_door_of_the_database_leads_into_the_sandbox(boxed: Database) -> None:
+    """Units, sessions of the sessionmaker and of one's own, connections, raw ones as well."""
+    with boxed.begin() as session:
+        session.add(Item(name="unit"))
+    with boxed.sessionmaker.begin() as session:
+        session.add(Item(name="sessionmaker"))
+    with sessionmaker(boxed.engine).begin() as session:
+        session.add(Item(name="sessionmaker of one's own"))
+    with boxed.engine.begin() as connection:
+        connection.execute(insert(Item).values(name="Core"))
+    with boxed.begin(isolation_level="SERIALIZABLE") as session:
+        session.add(Item(name="view"))
+    boxed.run(lambda session: session.add(Item(name="run")))
+    raw = boxed.engine.raw_connection()
+    raw.cursor().execute("INSERT INTO item (name) VALUES ('raw')")
+    raw.commit()
+    raw.close()
+    with boxed.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.execute(insert(Item).values(name="autocommit"))
+    assert len(names(boxed)) == 8
+
+
+def test_a_unit_that_fails_undoes_its_own_work_alone(boxed: Database) -> None:
+    with boxed.begin() as session:
+        session.add(Item(name="pear"))
+    with pytest.raises(ZeroDivisionError), boxed.begin() as session:
+        session.add(Item(name="plum"))
+        session.flush()
+        _ = 1 / 0
+    assert names(boxed) == ["pear"]
+
+
+def test_an_error_of_the_database_leaves_the_sandbox_alive(boxed: Database) -> None:
+    """On PostgreSQL it aborts the transaction, of which a savepoint is all that is lost."""
+    with boxed.begin() as session:
+        session.add(Item(name="pear"))
+    with pytest.raises(IntegrityError), boxed.begin() as session:
+        session.add(Item(name="pear"))
+    with boxed.begin() as session:
+        session.add(Item(name="plum"))
+    assert sorted(names(boxed)) == ["pear", "plum"]
+
+
+@on_one_server
+def test_a_swallowed_error_still_dooms(boxed: Database) -> None:
+    with pytest.raises(TransactionDoomed), boxed.begin() as session:
+        session.add(Item(name="pear"))
+        session.flush()
+        with pytest.raises(Exception, match="no_such_table"):
+            session.execute(text("SELECT * FROM no_such_table"))
+    assert names(boxed) == []
+
+
+def test_a_savepoint_of_the_application_works_inside(boxed: Database) -> None:
+    with boxed.begin() as session:
+        session.add(Item(name="pear"))
+        with pytest.raises(IntegrityError), session.begin_nested():
+            session.add(Item(name="pear"))
+        with session.begin_nested():
+            session.add(Item(name="plum"))
+    assert sorted(names(boxed)) == ["pear", "plum"]
+
+
+def test_hooks_run_after_a_commit_and_not_after_a_rollback(boxed: Database) -> None:
+    ran: list[str] = []
+    with boxed.begin() as session:
+        session.add(Item(name="pear"))
+        after_commit(session, ran.append, "committed")
+        session.commit()
+        after_commit(session, ran.append, "rolled back")
+        session.add(Item(name="plum"))
+        session.rollback()
+    assert ran == ["committed"]
+
+
+def test_read_only_units_see_what_is_not_committed_and_refuse_to_write(boxed: Database) -> None:
+    with boxed.sessionmaker() as own:
+        own.add(Item(name="pear"))
+        own.flush()
+        assert names(boxed) == ["pear"]
+        with pytest.raises(ReadOnlyUnit), boxed.begin(read_only=True) as session:
+            session.add(Item(name="plum"))
+        with pytest.raises(ReadOnlyUnit), boxed.begin(read_only=True) as session:
+            session.execute(insert(Item).values(name="plum"))
+        with boxed.begin(read_only=True, isolation_level="REPEATABLE READ") as session:
+            assert session.scalar(select(func.count()).select_from(Item)) == 1
+
+
+def test_what_a_read_only_unit_writes_as_text_is_not_there_afterwards(boxed: Database) -> None:
+    """PostgreSQL and SQLite refuse it; MySQL has no switch inside of a transaction."""
+    may_write = boxed.engine.dialect.name == "mysql"
+    with boxed.begin(read_only=True) as session:
+        with nullcontext() if may_write else pytest.raises(DBAPIError):
+            session.execute(text("INSERT INTO item (name) VALUES ('pear')"))
+        assert session.scalar(select(1)) == 1, "a statement that fails ends no unit of its kind"
+    with boxed.begin() as session:
+        session.add(Item(name="plum"))
+    assert names(boxed) == ["plum"]
+
+
+def test_a_stream_of_a_read_only_unit_works(boxed: Database) -> None:
+    with boxed.begin() as session:
+        session.add_all([Item(name=str(n)) for n in range(25)])
+    with boxed.begin(read_only=True) as session:
+        streamed = session.scalars(select(Item).execution_options(yield_per=10))
+        assert len(list(streamed)) == 25
+
+
+@pytest.mark.parametrize("url", ["postgres", "psycopg2", "mysql"], indirect=True)
+def test_an_independent_unit_commits_inside_of_another_one(boxed: Database) -> None:
+    with boxed.begin() as session:
+        session.add(Item(name="outer"))
+        session.flush()
+        with boxed.begin(independent=True) as inner:
+            inner.add(Item(name="inner"))
+    with boxed.begin(read_only=True) as reader:
+        reader.scalar(select(1))
+        with boxed.begin(independent=True) as writer:
+            writer.add(Item(name="beside a reader"))
+    assert len(names(boxed)) == 3
+
+
+@on_one_server
+def test_it_is_said_that_an_independent_unit_was_undone_with_its_outer_one(
+    boxed: Database,
+) -> None:
+    with pytest.raises(ZeroDivisionError), boxed.begin() as session:
+        session.add(Item(name="outer"))
+        session.flush()
+        with boxed.begin(independent=True) as inner:
+            inner.add(Item(name="inner"))
+        _ = 1 / 0
+    with pytest.warns(RuntimeWarning, match=r"has committed was undone .*test_sandbox\.py"):
+        assert names(boxed) == []
+
+
+@on_one_server
+def test_a_second_unit_in_the_same_flow_is_refused_as_in_production(boxed: Database) -> None:
+    with boxed.begin(), pytest.raises(NestedUnit), boxed.begin():
+        pass
+
+
+def test_the_tests_own_session_and_units_work_side_by_side(boxed: Database) -> None:
+    """It flushes, they commit; it reads on, rolls back to see more, and commits."""
+    with boxed.sessionmaker() as own:
+        own.add(Item(name="own"))
+        own.commit()
+        assert own.scalar(select(func.count()).select_from(Item)) == 1
+        with boxed.begin() as session:
+            session.add(Item(name="unit"))
+        own.rollback()
+        assert own.scalar(select(func.count()).select_from(Item)) == 2
+        own.add(Item(name="flushed"))
+        own.flush()
+        with boxed.begin() as session:
+            session.add(Item(name="another unit"))
+        own.commit()
+    assert len(names(boxed)) == 4
+
+
+def test_a_session_that_is_used_inside_of_another_ones_block_keeps_its_work(
+    boxed: Database,
+) -> None:
+    with boxed.sessionmaker() as own:
+        own.scalars(select(Item)).all()
+        with boxed.begin() as session:
+            session.add(Item(name="unit"))
+            session.flush()
+            own.add(Item(name="own"))
+            own.commit()
+    assert sorted(names(boxed)) == ["own", "unit"]
+
+
+def test_a_rollback_undoes_what_was_begun_inside_and_says_so(boxed: Database) -> None:
+    with boxed.sessionmaker() as own:
+        own.add(Item(name="own"))
+        own.flush()
+        with pytest.raises(TransactionDoomed, match=r"undone by the rollback.*test_sandbox\.py"):
+            with boxed.begin() as session:
+                session.add(Item(name="unit"))
+                session.flush()
+                own.rollback()
+    assert names(boxed) == []
+
+
+def test_the_tests_own_failed_session_stops_no_one_and_stays_failed(boxed: Database) -> None:
+    """On PostgreSQL its transaction is aborted; the next unit goes on nevertheless."""
+    with boxed.sessionmaker() as own:
+        own.add(Item(name="own"))
+        own.flush()
+        with pytest.raises(IntegrityError):
+            own.execute(insert(Item).values(name="own"))
+        with boxed.begin() as session:
+            session.add(Item(name="unit"))
+        if boxed.engine.dialect.name == "postgresql":
+            with pytest.raises(TransactionDoomed, match="failed earlier"):
+                own.scalars(select(Item)).all()
+            own.rollback()
+            assert names(boxed) == ["unit"]
+        else:
+            own.commit()
+            assert sorted(names(boxed)) == ["own", "unit"]
+
+
+@where_constraints_wait
+def test_a_deferred_constraint_fails_the_commit_as_in_production(boxed: Database) -> None:
+    with pytest.raises(IntegrityError), boxed.begin() as session:
+        session.add(Note(item_id=1))
+    with boxed.begin() as session:
+        session.add(Note(id=1, item_id=1))
+        session.flush()
+        session.add(Item(id=1, name="pear"))
+    with boxed.begin() as session:
+        session.add(Note(id=2, item_id=2))
+        session.flush()
+        session.add(Item(id=2, name="plum"))
+    assert len(names(boxed)) == 2
+
+
+@where_constraints_wait
+def test_a_deferred_constraint_is_checked_at_the_end(database: Database) -> None:
+    with pytest.raises(IntegrityError), database.sessionmaker() as own:
+        with sandbox(database):
+            own.add(Note(item_id=1))
+            own.flush()
+    assert names(database) == []
+
+
+@pytest.mark.parametrize("statement", ["COMMIT", "commit;", "ROLLBACK"])
+def test_a_statement_that_ends_the_transaction_is_named_at_once(
+    database: Database, statement: str
+) -> None:
+    with pytest.raises(SandboxError, match=rf"'{statement}' at .*test_sandbox\.py:\d+"):
+        with sandbox(database), database.begin() as session:
+            session.scalar(select(1))
+            session.execute(text(statement))
+
+
+def test_it_fails_the_test_even_if_the_error_is_swallowed(database: Database) -> None:
+    with pytest.raises(SandboxError, match="'COMMIT' at"), sandbox(database):
+        with pytest.raises(SandboxError), database.begin() as session:
+            session.execute(text("COMMIT"))
+        with pytest.raises(SandboxError), database.begin() as session:
+            session.add(Item(name="pear"))
+    assert names(database) == []
+
+
+def test_a_commit_behind_sqlalchemys_back_fails_the_test(database: Database) -> None:
+    """By way of the driver's own connection, which no one can see."""
+    with pytest.raises(SandboxError, match="did not see has ended"), sandbox(database):
+        with database.engine.connect() as connection:
+            driver_connection = connection.connection.driver_connection
+            assert driver_connection is not None
+            driver_connection.cursor().execute("COMMIT")
+
+
+@pytest.mark.parametrize("url", ["mysql"], indirect=True)
+def test_ddl_on_mysql_is_a_commit_that_escapes(database: Database) -> None:
+    with pytest.raises(SandboxError, match="create tables before the sandbox"):
+        with sandbox(database), database.engine.begin() as connection:
+            connection.execute(text("CREATE TABLE escapes (id INT)"))
+
+
+@where_ddl_rolls_back
+def test_tables_made_inside_are_rolled_back(url: str) -> None:
+    with Database(url) as database:
+        with sandbox(database):
+            create_tables(database)
+            with database.begin() as session:
+                session.add(Item(name="pear"))
+        with pytest.raises(Exception, match="item"):
+            names(database)
+
+
+def test_a_failing_test_keeps_its_error_and_notes_the_rest(database: Database) -> None:
+    with pytest.raises(ZeroDivisionError) as caught, sandbox(database):
+        with pytest.raises(SandboxError), database.begin() as session:
+            session.execute(text("COMMIT"))
+        _ = 1 / 0
+    assert "SandboxError: 'COMMIT' at" in caught.value.__notes__[0]
+
+
+def test_the_engines_are_their_own_again_afterwards(database: Database) -> None:
+    pools = database.engine.pool, database.read_engine.pool
+    attributes = set(vars(database.engine.dialect))
+    with sandbox(database):
+        database.ping()
+    assert (database.engine.pool, database.read_engine.pool) == pools
+    assert attributes <= set(vars(database.engine.dialect))
+    assert "do_execute" not in vars(database.engine.dialect)
+    with database.begin() as session:
+        session.add(Item(name="stays"))
+    assert names(database) == ["stays"]
+
+
+def test_dispose_and_drain_do_not_end_it(boxed: Database) -> None:
+    """As at the end of a TestClient's block."""
+    with boxed.begin() as session:
+        session.add(Item(name="pear"))
+    assert boxed.drain(1.0)
+    boxed.dispose()
+    boxed.engine.dispose()
+    assert names(boxed) == ["pear"]
+
+
+def test_stats_count_as_without_it(boxed: Database) -> None:
+    with boxed.begin() as session:
+        session.add(Item(name="pear"))
+    with pytest.raises(ZeroDivisionError), boxed.begin():
+        _ = 1 / 0
+    assert (boxed.stats().committed, boxed.stats().rolled_back) == (1, 1)
+    assert boxed.stats().in_use == 0
+
+
+def test_a_session_that_outlives_it_says_so(database: Database) -> None:
+    with database.sessionmaker() as own:
+        with sandbox(database):
+            own.add(Item(name="pear"))
+            own.flush()
+        with pytest.raises(SandboxError, match="has ended: close the session"):
+            own.scalars(select(Item)).all()
+    assert names(database) == []
+
+
+def test_one_inside_of_another_is_refused(boxed: Database) -> None:
+    with pytest.raises(ConfigurationError, match="in a sandbox already"), sandbox(boxed):
+        pass
+
+
+def test_an_async_database_needs_the_other_one() -> None:
+    with pytest.raises(ConfigurationError, match="async_sandbox"):
+        with sandbox(AsyncDatabase("sqlite+aiosqlite://")):
+            pass
+
+
+def test_a_database_in_memory_takes_the_place_of_one_that_cannot_be_reached() -> None:
+    """The seed's section 3: what is tested knows nothing of it."""
+    database = Database("postgresql://nobody@127.0.0.1:1/nothing")
+    with Database("sqlite://") as memory:
+        create_tables(memory)
+        with sandbox(database, bind=memory.engine):
+            assert database.engine.dialect.name == "sqlite"
+            with database.begin() as session:
+                session.add(Item(name="pear"))
+            with database.begin(isolation_level="REPEATABLE READ") as session:
+                session.add(Item(name="plum"))
+            with database.begin(independent=True) as session:
+                session.add(Item(name="fig"))
+            assert len(names(database)) == 3
+            with pytest.raises(ReadOnlyUnit), database.begin(read_only=True) as session:
+                session.add(Item(name="plum"))
+            with pytest.raises(OperationalError), database.begin(read_only=True) as session:
+                session.execute(text("DELETE FROM item"))
+        assert names(memory) == []
+    assert database.engine.dialect.name == "postgresql"
+    with database.begin(isolation_level="REPEATABLE READ") as session:
+        assert session.get_bind().dialect.name == "postgresql"
+
+
+def test_sqlites_default_mode_leaks_no_row() -> None:
+    """It begins before INSERT alone, commits at DDL, and so lets savepoints escape."""
+    plain = create_engine(
+        "sqlite://", poolclass=StaticPool, connect_args={"check_same_thread": False}
+    )
+    Base.metadata.create_all(plain)
+    with Database("sqlite://") as database, sandbox(database, bind=plain):
+        with database.sessionmaker() as session, session.begin():
+            with session.begin_nested():
+                session.add(Item(name="pear"))
+            session.execute(text("CREATE TABLE other (id INTEGER)"))
+        assert names(database) == ["pear"]
+    with plain.connect() as connection:
+        assert connection.scalar(select(func.count()).select_from(Item)) == 0
+    plain.dispose()
+
+
+def test_an_engine_of_the_other_colour_is_refused() -> None:
+    bind = AsyncDatabase("sqlite+aiosqlite://").engine.sync_engine
+    with pytest.raises(ConfigurationError, match="other colour"):
+        with sandbox(Database("sqlite://"), bind=bind):
+            pass
+
+
+@on_one_server
+def test_16_threads_with_100_statements_each_share_the_connection(boxed: Database) -> None:
+    """While the test's own session has written and not committed, and half of the units fail."""
+    errors: list[BaseException] = []
+
+    def work(number: int) -> None:
+        try:
+            for unit in range(10):
+                with boxed.begin() as session:
+                    session.execute(insert(Item).values(name=f"{number}-{unit}"))
+                    for _ in range(8):
+                        session.scalars(select(Item.name)).first()
+                    session.execute(text("SELECT 1"))
+                    if unit % 2:
+                        session.rollback()
+        except BaseException as error:
+            errors.append(error)
+
+    with boxed.sessionmaker() as own:
+        own.add(Item(name="own"))
+        own.flush()
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(16)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert errors == []
+        own.commit()
+    expected = {f"{number}-{unit}" for number in range(16) for unit in range(0, 10, 2)}
+    assert set(names(boxed)) == expected | {"own"}
+
+
+def test_whoever_has_read_only_holds_up_no_one(boxed: Database) -> None:
+    """A reader in another thread, in its unit all the while, and a writer in this one."""
+    has_read, may_end = threading.Event(), threading.Event()
+    seen: list[int | None] = []
+
+    def read() -> None:
+        with boxed.sessionmaker() as session:
+            seen.append(session.scalar(select(func.count()).select_from(Item)))
+            has_read.set()
+            may_end.wait()
+            seen.append(session.scalar(select(func.count()).select_from(Item)))
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    has_read.wait()
+    with boxed.sessionmaker.begin() as session:
+        session.add(Item(name="pear"))
+    may_end.set()
+    thread.join()
+    assert seen == [0, 1]
+
+
+@on_one_server
+def test_two_that_wait_for_each_other_are_told_where(
+    boxed: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread has written and waits for the test, which wants to write."""
+    monkeypatch.setattr("sessionscope.testing._turns.PATIENCE", 0.1)
+    has_written, may_end = threading.Event(), threading.Event()
+
+    def write() -> None:
+        with boxed.begin() as session:
+            session.add(Item(name="pear"))
+            session.flush()
+            has_written.set()
+            may_end.wait()
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    has_written.wait()
+    try:
+        with pytest.raises(
+            PoolBusy, match=r"begun at .*test_sandbox\.py:\d+ .*write.*postgres_url"
+        ):
+            with boxed.begin() as session:
+                session.add(Item(name="plum"))
+    finally:
+        may_end.set()
+        thread.join()
+    assert names(boxed) == ["pear"]
+
+
+@on_one_server
+def test_a_thread_that_the_unit_awaits_is_part_of_it(boxed: Database) -> None:
+    """One of its own transactions in a thread that got its context, as FastAPI's do."""
+
+    async def main() -> None:
+        def write() -> None:
+            with boxed.engine.begin() as connection:
+                connection.execute(insert(Item).values(name="in the thread"))
+
+        with boxed.begin() as session:
+            await asyncio.to_thread(session.execute, insert(Item).values(name="outside"))
+            await asyncio.to_thread(write)
+
+    thread = threading.Thread(target=asyncio.run, args=(main(),))  # not the test's own thread
+    thread.start()
+    thread.join()
+    assert sorted(names(boxed)) == ["in the thread", "outside"]
