@@ -11,7 +11,7 @@ bench_python := .venv/bench/bin/python
 
 # What `make requirements` pins for each purpose: a dependency group and the extras it needs.
 demo_extras := postgresql fastapi asyncio
-test_extras := $(demo_extras) mysql testing
+test_extras := $(demo_extras) mysql testing flask litestar starlette
 lint_extras := $(test_extras)
 bench_extras := $(test_extras)
 bench-fastapi-sqla_extras := $(demo_extras)
