@@ -5,17 +5,17 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
 
 from sqlalchemy import exc as sa_exc
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-from sessionscope import after_commit
+from sessionscope import AsyncDatabase, Database, after_commit
 from sessionscope.exc import SessionEnded
 from tests.models import Item, Note
 
-Databases = Mapping[str, Any]
+Databases = Mapping[str, Database]
+AsyncDatabases = Mapping[str, AsyncDatabase]
 
 # Seconds after which a stream that no one released ends by itself.
 PATIENCE = 60.0

@@ -75,7 +75,8 @@ class RunningSite:
         return self.client.get(path)
 
     def _start(self, descriptor: int) -> None:
-        self._log = tempfile.TemporaryFile("w+")
+        # Not in a `with`: it lives as long as the server, and is read when that does not start.
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self._process = subprocess.Popen(
             self._command(descriptor),
             cwd=ROOT,

@@ -91,7 +91,7 @@ async def _flush_first(here: Collection[Unit[Any]], others: Collection[Unit[Any]
         await asyncio.shield(flushing)
     except asyncio.CancelledError:
         # It goes on in its thread, is interrupted, and no one asks for its error any more.
-        flushing.add_done_callback(asyncio.Future.exception)
+        flushing.add_done_callback(lambda flushed: flushed.exception())
         await _undo_both(here, others, Unit.discard)
         raise
     except BaseException:

@@ -13,11 +13,12 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from types import CodeType
-from typing import Any
+from typing import Any, cast
 
 from litestar import Litestar, MediaType, Request, Response
 from litestar.config.app import AppConfig
 from litestar.di import Provide
+from litestar.enums import ScopeType
 from litestar.handlers import BaseRouteHandler
 from litestar.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -60,11 +61,12 @@ def install(*databases: _lifespan.Database) -> Callable[[AppConfig], AppConfig]:
     _lifespan.check_databases(databases, _INSTALL)
 
     def on_app_init(config: AppConfig) -> AppConfig:
-        config.middleware.append(_around)
-        config.lifespan.append(partial(_lifespan_of, databases))
+        of_the_app: Any = config  # Litestar leaves the parameters of its types open
+        of_the_app.middleware.append(_around)
+        of_the_app.lifespan.append(partial(_lifespan_of, databases))
         for error in _refusal.ERRORS:
-            if _refusal.handler_of_the_app(error, config.exception_handlers) is None:
-                config.exception_handlers[error] = _answer_503
+            if _refusal.handler_of_the_app(error, of_the_app.exception_handlers) is None:
+                of_the_app.exception_handlers[error] = _answer_503
         return config
 
     return on_app_init
@@ -77,7 +79,7 @@ class _SessionPerRequest(Provide):
 
     def __init__(self, database: Any, read_only: bool) -> None:
         async def session(scope: Scope) -> AsyncGenerator[Any]:
-            units = _units_of(scope)
+            units = _units_of(cast("dict[str, Any]", scope))
             session = units[database].session
             try:
                 yield session
@@ -96,8 +98,8 @@ class _SessionPerRequest(Provide):
         self.read_only = read_only
 
 
-def _units_of(scope: Scope) -> _request_units.Units:
-    units: _request_units.Units | None = scope.get(_UNITS)  # type: ignore[assignment]  # a key of our own
+def _units_of(scope: dict[str, Any]) -> _request_units.Units:
+    units: _request_units.Units | None = scope.get(_UNITS)
     if units is None:
         raise exc.ConfigurationError(
             f"A handler wants a session, and no one opens its unit of work: write {_INSTALL}"
@@ -116,18 +118,18 @@ def _around(app: ASGIApp) -> ASGIApp:
     """Open the units that the handler wants; roll back those that no one has ended."""
 
     async def middleware(scope: Scope, receive: Receive, send: Send) -> None:
-        handler: BaseRouteHandler | None = scope.get("route_handler")  # type: ignore[assignment]  # typed as object
+        own = cast("dict[str, Any]", scope)
+        handler: BaseRouteHandler | None = own.get("route_handler")
         wanted = _wanted(handler) if handler is not None else {}
         if not wanted:
             await app(scope, receive, send)
             return
-        if scope["type"] != "http":
+        if scope["type"] != ScopeType.HTTP:
             raise exc.ConfigurationError(
                 "A websocket lives too long for one unit of work: open one per message, "
                 "with database.begin() as session: ... (of an AsyncDatabase, async with)"
             )
-        units = await _request_units.open_units(wanted, _code_of(handler))
-        scope[_UNITS] = units  # type: ignore[typeddict-unknown-key]  # a key of our own
+        units = own[_UNITS] = await _request_units.open_units(wanted, _code_of(handler))
 
         async def send_when_ended(message: Message) -> None:
             if units:  # a dependency failed, and Litestar did not end those before it

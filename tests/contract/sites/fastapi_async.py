@@ -8,10 +8,10 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from sessionscope.integrations.fastapi import install, session_per_request
-from tests.contract.bodies import BODIES, Body, Conflict, Databases, Kept
+from tests.contract.bodies import BODIES, AsyncDatabases, Body, Conflict, Kept
 
 
-def build(databases: Databases, kept: Kept) -> FastAPI:
+def build(databases: AsyncDatabases, kept: Kept) -> FastAPI:
     app = FastAPI()
     install(app, *databases.values())
 

@@ -10,10 +10,10 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from sessionscope.integrations.litestar import install, session_per_request
-from tests.contract.bodies import BODIES, Body, Conflict, Databases, Kept
+from tests.contract.bodies import BODIES, AsyncDatabases, Body, Conflict, Kept
 
 
-def build(databases: Databases, kept: Kept) -> Litestar:
+def build(databases: AsyncDatabases, kept: Kept) -> Litestar:
     @get("/stream/{name:str}")
     async def stream(name: FromPath[str], session: NamedDependency[AsyncSession]) -> Stream:
         await session.execute(text("SELECT 1"))
@@ -39,7 +39,7 @@ def build(databases: Databases, kept: Kept) -> Litestar:
     )
 
 
-def handler(body: Body, databases: Databases, kept: Kept) -> Any:
+def handler(body: Body, databases: AsyncDatabases, kept: Kept) -> Any:
     session_of = session_per_request(databases[body.on], read_only=body.read_only)
 
     @get(f"/{body.path}/{{name:str}}", dependencies={"session": session_of})

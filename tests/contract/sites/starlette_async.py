@@ -8,10 +8,10 @@ from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from sessionscope.integrations.starlette import install
-from tests.contract.bodies import BODIES, Body, Conflict, Databases, Kept
+from tests.contract.bodies import BODIES, AsyncDatabases, Body, Conflict, Kept
 
 
-def build(databases: Databases, kept: Kept) -> Starlette:
+def build(databases: AsyncDatabases, kept: Kept) -> Starlette:
     @databases["main"].with_session()
     async def stream(session: AsyncSession, request: Request) -> Response:
         await session.execute(text("SELECT 1"))
@@ -40,7 +40,7 @@ def build(databases: Databases, kept: Kept) -> Starlette:
     return app
 
 
-def route(body: Body, databases: Databases, kept: Kept) -> Route:
+def route(body: Body, databases: AsyncDatabases, kept: Kept) -> Route:
     @databases[body.on].with_session(read_only=body.read_only)
     async def endpoint(session: AsyncSession, request: Request) -> Response:
         name = request.path_params["name"]
