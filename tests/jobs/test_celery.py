@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from kombu.exceptions import OperationalError
+from redis import Redis
 from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 
@@ -110,8 +111,17 @@ def running_on(broker: str, server: PostgresServer) -> Iterator[Running]:
     finally:
         with jobs.app.connection() as connection:
             jobs.app.amqp.queues[settings["JOBS_NAME"]](connection.channel()).delete()
+        if broker == "redis":
+            forget(url, settings["JOBS_NAME"])
         jobs.app.close()
         jobs.database.dispose()
+
+
+def forget(url: str, name: str) -> None:
+    """Delete this run's keys: Redis has no queue that they would go with."""
+    with Redis.from_url(url) as client:
+        for key in client.scan_iter(f"{name}*"):
+            client.delete(key)
 
 
 WORKERS = [
