@@ -1,0 +1,154 @@
+"""The code of the pages in docs/how-to runs, as their reader would run it."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.test_readme import BLOCKS, MODELS, ROOT, run
+
+PAGES = sorted((ROOT / "docs" / "how-to").glob("*.md"))
+BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
+NAME = re.compile(r"# (\w+\.py)\n")
+
+DATABASE = """
+from sqlalchemy import make_url
+
+from sessionscope import AsyncDatabase, Database
+
+database = Database({url!r})
+async_database = AsyncDatabase(make_url({url!r}).set(drivername={driver!r}))
+"""
+# What each page's reader does next, and what is printed then.
+USES = {
+    "starlette": """
+from starlette.testclient import TestClient
+import main, async_main
+with TestClient(main.app) as client:
+    print(client.post("/items/pear").json(), client.get("/items").json())
+with TestClient(async_main.app) as client:
+    print(client.post("/items/plum").json())
+print(main.database.stats().in_use)
+---
+{'id': 1, 'name': 'pear'} ['pear']
+{'id': 2, 'name': 'plum'}
+0
+""",
+    "flask": """
+from main import app
+client = app.test_client()
+print(client.post("/items/pear").json, client.get("/items").json)
+---
+{'id': 1, 'name': 'pear'} ['pear']
+""",
+    "litestar": """
+from litestar.testing import TestClient
+import main, async_main
+with TestClient(main.app) as client:
+    print(client.post("/items/pear").json(), client.get("/items").json())
+with TestClient(async_main.app) as client:
+    print(client.post("/items/plum").json())
+---
+{'id': 1, 'name': 'pear'} ['pear']
+{'id': 2, 'name': 'plum'}
+""",
+    "celery": """
+from tasks import add_item, app, count_items
+app.conf.task_always_eager = True
+app.conf.task_store_eager_result = False
+print(add_item.delay("pear").get(), count_items.delay().get())
+---
+1 1
+""",
+    "taskiq": """
+import asyncio
+from tasks import add_item, async_database, broker, count_items
+async def main():
+    await broker.startup()
+    print((await (await add_item.kiq("pear")).wait_result()).return_value)
+    print((await (await count_items.kiq()).wait_result()).return_value)
+    await broker.shutdown()
+    await async_database.dispose()
+asyncio.run(main())
+---
+1
+1
+""",
+    "jobs": """
+import dramatiq
+from datetime import datetime
+from threading import Event
+import actors, crud, schedule, threads
+from apscheduler.events import EVENT_JOB_EXECUTED
+broker = dramatiq.get_broker()
+worker = dramatiq.Worker(broker)
+worker.start()
+actors.add_item.send("apple")
+broker.join("default")
+worker.stop()
+done = Event()
+schedule.scheduler.add_listener(lambda event: done.set(), EVENT_JOB_EXECUTED)
+schedule.scheduler.start()
+schedule.scheduler.modify_job("restock", next_run_time=datetime.now().astimezone())
+assert done.wait(10)
+schedule.scheduler.shutdown()
+print(len(threads.add_all(["fig", "lime"])))
+print(sorted(item.name for item in actors.database.run(crud.get_items)))
+---
+2
+['apple', 'fig', 'lime', 'pear']
+""",
+    "commands": """
+from click.testing import CliRunner
+from typer.testing import CliRunner as TyperRunner
+import click_commands, typer_commands
+print(CliRunner().invoke(click_commands.add, ["pear"]).output, end="")
+print(TyperRunner().invoke(typer_commands.app, ["add", "plum", "--shout"]).output, end="")
+import script, notebook
+print(TyperRunner().invoke(typer_commands.app, ["show"]).output.split())
+print(len(notebook.items))
+---
+added pear
+added PLUM
+['pear', 'PLUM', 'pear', 'apple', 'plum', 'pear']
+6
+""",
+}
+
+
+def blocks(page: Path) -> list[str]:
+    return BLOCK.findall(page.read_text(encoding="utf-8"))
+
+
+def test_every_use_has_its_page() -> None:
+    assert set(USES) <= {page.stem for page in PAGES}
+
+
+@pytest.mark.parametrize("page", USES)
+@pytest.mark.parametrize("url", ["sqlite-file", "postgres"], indirect=True)
+def test_the_code_of_a_page_works(page: str, url: str, tmp_path: Path) -> None:
+    driver = "postgresql+psycopg" if url.startswith("postgresql") else "sqlite+aiosqlite"
+    files = {
+        "database.py": DATABASE.format(url=url, driver=driver),
+        "models.py": MODELS,
+        "crud.py": BLOCKS["crud.py"],
+    }
+    for block in blocks(ROOT / "docs" / "how-to" / f"{page}.md"):
+        name = NAME.match(block)
+        assert name is not None, f"no file name in the first line of: {block}"
+        files[name[1]] = block
+    for name, code in files.items():
+        (tmp_path / name).write_text(code, encoding="utf-8")
+    run(
+        tmp_path,
+        "from database import database; from models import Base\n"
+        "Base.metadata.create_all(database.engine)",
+    )
+    use, _, printed = USES[page].partition("---\n")
+    assert run(tmp_path, use) == printed
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_link_of_a_page_leads_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text(encoding="utf-8"))
+    assert [link for link in links if not (page.parent / link).exists()] == []
