@@ -63,7 +63,7 @@ def install(*databases: _lifespan.Database) -> Callable[[AppConfig], AppConfig]:
     def on_app_init(config: AppConfig) -> AppConfig:
         of_the_app: Any = config  # Litestar leaves the parameters of its types open
         of_the_app.middleware.append(_around)
-        of_the_app.lifespan.append(partial(_lifespan_of, databases))
+        of_the_app.lifespan.insert(0, partial(_lifespan_of, databases))  # around all others
         for error in _refusal.ERRORS:
             if _refusal.handler_of_the_app(error, of_the_app.exception_handlers) is None:
                 of_the_app.exception_handlers[error] = _answer_503
