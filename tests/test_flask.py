@@ -59,7 +59,7 @@ def failing(error: Exception) -> Flask:
     app = Flask("test")
 
     @app.get("/")
-    def read() -> None:
+    def read() -> str:
         raise error
 
     return app
@@ -97,7 +97,7 @@ def test_a_blueprints_handler_goes_before_the_apps() -> None:
     blueprint.register_error_handler(sa_exc.SQLAlchemyError, lambda error: ("inner", 429))
 
     @blueprint.get("/inner")
-    def read() -> None:
+    def read() -> str:
         raise PoolBusy("busy")
 
     install(app)

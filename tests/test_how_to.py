@@ -134,9 +134,9 @@ def test_the_code_of_a_page_works(page: str, url: str, tmp_path: Path) -> None:
         "crud.py": BLOCKS["crud.py"],
     }
     for block in blocks(ROOT / "docs" / "how-to" / f"{page}.md"):
-        name = NAME.match(block)
-        assert name is not None, f"no file name in the first line of: {block}"
-        files[name[1]] = block
+        named = NAME.match(block)
+        assert named is not None, f"no file name in the first line of: {block}"
+        files[named[1]] = block
     for name, code in files.items():
         (tmp_path / name).write_text(code, encoding="utf-8")
     run(

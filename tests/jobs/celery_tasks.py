@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from celery import Celery, Task
-from kombu import Queue
+from celery import Celery
+from kombu.entity import Queue
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
@@ -40,7 +40,7 @@ class Jobs:
 
 
 def build(settings: Mapping[str, str]) -> Jobs:
-    app = application(settings)
+    app: Any = application(settings)
     database = Database(settings["DATABASE_URL"])
 
     @app.task(name="pay", acks_late=True, reject_on_worker_lost=True)
@@ -64,7 +64,7 @@ def build(settings: Mapping[str, str]) -> Jobs:
 
     @app.task(name="pay_at_second_try", bind=True)
     @database.with_session()
-    def pay_at_second_try(self: Task[Any, Any], session: Session, key: int) -> int:
+    def pay_at_second_try(self: Any, session: Session, key: int) -> int:
         process = pay_once(session, key)
         if self.request.retries == 0:
             raise self.retry(countdown=0)
