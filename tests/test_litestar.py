@@ -6,14 +6,16 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import httpx2
 import pytest
 from litestar import Litestar, Request, Response, WebSocket, get, post, websocket
 from litestar.background_tasks import BackgroundTask
 from litestar.di import NamedDependency
 from litestar.exceptions import WebSocketDisconnect
-from litestar.testing import TestClient
+from litestar.testing import AsyncTestClient, TestClient
 from sqlalchemy import exc as sa_exc
 from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from sessionscope import AsyncDatabase, Database
@@ -283,11 +285,39 @@ def test_a_request_that_is_cancelled_rolls_back(database: Database) -> None:
     assert database.stats().in_use == 0
 
 
+def test_handlers_that_call_begin_themselves_do_not_take_the_threads_of_the_others(
+    psycopg: Database,
+) -> None:
+    """They wait in threads that those who hold a connection need: refused at once, not after 5 s."""
+
+    @get("/declared", sync_to_thread=True)
+    def declared(session: ASession) -> int:
+        return int(session.scalar(text("SELECT 1 FROM pg_sleep(0.005)")) or 0)
+
+    @get("/naive", sync_to_thread=True)
+    def naive() -> int:
+        with psycopg.begin() as session:
+            return int(session.scalar(text("SELECT 1 FROM pg_sleep(0.005)")) or 0)
+
+    async def main() -> list[int]:
+        app = app_of(declared, naive, database=psycopg)
+        transport = httpx2.ASGITransport(app=app)  # type: ignore[arg-type]  # their own ASGI types
+        async with (
+            app.lifespan(),
+            httpx2.AsyncClient(transport=transport, base_url="http://test", timeout=60) as client,
+        ):
+            answers = [client.get(path) for path in ["/declared", "/naive"] * 100]
+            return [answer.status_code for answer in await asyncio.gather(*answers)]
+
+    statuses = asyncio.run(main())
+    assert set(statuses[0::2]) == {200}
+    assert set(statuses[1::2]) <= {200, 503}
+    assert psycopg.stats().longest_wait < 5
+    assert psycopg.stats().in_use == 0
+
+
 @pytest.mark.anyio
 async def test_an_async_session_is_shared_with_dependencies(async_database: AsyncDatabase) -> None:
-    from litestar.testing import AsyncTestClient
-    from sqlalchemy.ext.asyncio import AsyncSession
-
     async def user(reading: NamedDependency[AsyncSession]) -> int:
         return id(reading)
 
