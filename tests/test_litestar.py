@@ -13,6 +13,7 @@ from litestar.background_tasks import BackgroundTask
 from litestar.di import NamedDependency
 from litestar.exceptions import WebSocketDisconnect
 from litestar.testing import AsyncTestClient, TestClient
+from litestar.types import Message, Scope
 from sqlalchemy import exc as sa_exc
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -84,19 +85,24 @@ def test_a_dependency_that_fails_leaves_nothing_open(database: Database) -> None
     @post("/", sync_to_thread=True)
     def create(session: ASession, failing: NamedDependency[int]) -> None: ...
 
-    def handle(request: Request[Any, Any, Any], error: Exception) -> Response[int]:
-        return Response(database.stats().in_use, status_code=418)
+    def handle(request: Request[Any, Any, Any], error: Exception) -> Response[str]:
+        return Response("failed", status_code=418)
+
+    in_use_when_sent: list[int] = []
+
+    async def look(message: Message, scope: Scope) -> None:
+        in_use_when_sent.append(database.stats().in_use)
 
     app = app_of(
         create,
         database=database,
         dependencies={"failing": failing},
         exception_handlers={ValueError: handle},
+        before_send=[look],
     )
     with TestClient(app) as client:
-        for _ in range(20):
-            assert client.post("/").status_code == 418
-            assert database.stats().in_use == 0
+        assert [client.post("/").status_code for _ in range(20)] == [418] * 20
+    assert set(in_use_when_sent) == {0}
     assert names(database) == []
 
 
