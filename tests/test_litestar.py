@@ -294,7 +294,7 @@ def test_a_request_that_is_cancelled_rolls_back(database: Database) -> None:
 def test_handlers_that_call_begin_themselves_do_not_take_the_threads_of_the_others(
     psycopg: Database,
 ) -> None:
-    """They wait in threads that those who hold a connection need: refused at once, not after 5 s."""
+    """They would wait in threads that the holders of connections need: refused at once."""
 
     @get("/declared", sync_to_thread=True)
     def declared(session: ASession) -> int:
