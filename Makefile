@@ -11,12 +11,12 @@ bench_python := .venv/bench/bin/python
 
 # What `make requirements` pins for each purpose: a dependency group and the extras it needs.
 demo_extras := postgresql fastapi asyncio
-test_extras := $(demo_extras) mysql testing
+test_extras := $(demo_extras) mysql testing flask litestar starlette
 lint_extras := $(test_extras)
 bench_extras := $(test_extras)
 bench-fastapi-sqla_extras := $(demo_extras)
 
-.PHONY: help demo test test-all fuzz lint bench scorecard requirements clean
+.PHONY: help demo test test-all fuzz jobs lint bench scorecard requirements clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -35,6 +35,10 @@ test-all: .venv/nox/ready ## run all tests in every corner (ARGS="-l" lists them
 fuzz: .venv/test/ready ## feed the checker 10,000 programs
 	@FUZZ_PROGRAMS=10000 $(test_python) -m pytest --timeout=0 -o faulthandler_timeout=0 \
 		tests/check/test_any_program.py
+
+jobs: .venv/test/ready ## run 2,000 Celery tasks on Redis and RabbitMQ, and kill workers
+	@CI=true JOBS_TASKS=2000 $(test_python) -m pytest --timeout=0 -o faulthandler_timeout=0 -s \
+		tests/jobs/test_celery.py -k killed
 
 lint: .venv/lint/ready ## check style, format and types
 	@$(lint_python) -m ruff check .

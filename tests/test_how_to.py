@@ -1,94 +1,154 @@
-"""The guides' code runs."""
+"""The code of the pages in docs/how-to runs, as their reader would run it."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-GUIDE = (ROOT / "docs" / "how-to" / "test-with-sandbox.md").read_text(encoding="utf-8")
-BLOCKS = dict(re.findall(r"```python\n# (\w+\.py)[^\n]*\n(.*?)```", GUIDE, re.DOTALL))
-WRITTEN = "postgresql+psycopg://user:password@host/dbname"
+from tests.test_readme import BLOCKS, MODELS, ROOT, run
+
+PAGES = sorted((ROOT / "docs" / "how-to").glob("*.md"))
+BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
+NAME = re.compile(r"# (\w+\.py)\n")
+
+DATABASE = """
+from sqlalchemy import make_url
+
+from sessionscope import AsyncDatabase, Database
+
+database = Database({url!r})
+async_database = AsyncDatabase(make_url({url!r}).set(drivername={driver!r}))
+"""
+# What each page's reader does next, and what is printed then.
+USES = {
+    "starlette": """
+from starlette.testclient import TestClient
+import main, async_main
+with TestClient(main.app) as client:
+    print(client.post("/items/pear").json(), client.get("/items").json())
+with TestClient(async_main.app) as client:
+    print(client.post("/items/plum").json())
+print(main.database.stats().in_use)
+---
+{'id': 1, 'name': 'pear'} ['pear']
+{'id': 2, 'name': 'plum'}
+0
+""",
+    "flask": """
+from main import app
+client = app.test_client()
+print(client.post("/items/pear").json, client.get("/items").json)
+---
+{'id': 1, 'name': 'pear'} ['pear']
+""",
+    "litestar": """
+from litestar.testing import TestClient
+import main, async_main
+with TestClient(main.app) as client:
+    print(client.post("/items/pear").json(), client.get("/items").json())
+with TestClient(async_main.app) as client:
+    print(client.post("/items/plum").json())
+---
+{'id': 1, 'name': 'pear'} ['pear']
+{'id': 2, 'name': 'plum'}
+""",
+    "celery": """
+from tasks import add_item, app, count_items
+app.conf.task_always_eager = True
+app.conf.task_store_eager_result = False
+print(add_item.delay("pear").get(), count_items.delay().get())
+---
+1 1
+""",
+    "taskiq": """
+import asyncio
+from tasks import add_item, async_database, broker, count_items
+async def main():
+    await broker.startup()
+    print((await (await add_item.kiq("pear")).wait_result()).return_value)
+    print((await (await count_items.kiq()).wait_result()).return_value)
+    await broker.shutdown()
+    await async_database.dispose()
+asyncio.run(main())
+---
+1
+1
+""",
+    "jobs": """
+import dramatiq
+from datetime import datetime
+from threading import Event
+import actors, crud, schedule, threads
+from apscheduler.events import EVENT_JOB_EXECUTED
+broker = dramatiq.get_broker()
+worker = dramatiq.Worker(broker)
+worker.start()
+actors.add_item.send("apple")
+broker.join("default")
+worker.stop()
+done = Event()
+schedule.scheduler.add_listener(lambda event: done.set(), EVENT_JOB_EXECUTED)
+schedule.scheduler.start()
+schedule.scheduler.modify_job("restock", next_run_time=datetime.now().astimezone())
+assert done.wait(10)
+schedule.scheduler.shutdown()
+print(len(threads.add_all(["fig", "lime"])))
+print(sorted(item.name for item in actors.database.run(crud.get_items)))
+---
+2
+['apple', 'fig', 'lime', 'pear']
+""",
+    "commands": """
+from click.testing import CliRunner
+from typer.testing import CliRunner as TyperRunner
+import click_commands, typer_commands
+print(CliRunner().invoke(click_commands.add, ["pear"]).output, end="")
+print(TyperRunner().invoke(typer_commands.app, ["add", "plum", "--shout"]).output, end="")
+import script, notebook
+print(TyperRunner().invoke(typer_commands.app, ["show"]).output.split())
+print(len(notebook.items))
+---
+added pear
+added PLUM
+['pear', 'PLUM', 'pear', 'apple', 'plum', 'pear']
+6
+""",
+}
 
 
-@pytest.fixture
-def project(tmp_path: Path) -> Path:
-    """The guide's files in a folder, with a database that cannot be reached."""
-    for name, code in BLOCKS.items():
+def blocks(page: Path) -> list[str]:
+    return BLOCK.findall(page.read_text(encoding="utf-8"))
+
+
+def test_every_use_has_its_page() -> None:
+    assert set(USES) <= {page.stem for page in PAGES}
+
+
+@pytest.mark.parametrize("page", USES)
+@pytest.mark.parametrize("url", ["sqlite-file", "postgres"], indirect=True)
+def test_the_code_of_a_page_works(page: str, url: str, tmp_path: Path) -> None:
+    driver = "postgresql+psycopg" if url.startswith("postgresql") else "sqlite+aiosqlite"
+    files = {
+        "database.py": DATABASE.format(url=url, driver=driver),
+        "models.py": MODELS,
+        "crud.py": BLOCKS["crud.py"],
+    }
+    for block in blocks(ROOT / "docs" / "how-to" / f"{page}.md"):
+        named = NAME.match(block)
+        assert named is not None, f"no file name in the first line of: {block}"
+        files[named[1]] = block
+    for name, code in files.items():
         (tmp_path / name).write_text(code, encoding="utf-8")
-    (tmp_path / "pytest.ini").write_text("[pytest]\npythonpath = .\n", encoding="utf-8")
-    return tmp_path
-
-
-def use(project: Path, url: str) -> None:
-    """Let the guide's application have a database that is there."""
-    code = BLOCKS["database.py"]
-    assert WRITTEN in code
-    (project / "database.py").write_text(code.replace(WRITTEN, url), encoding="utf-8")
-
-
-def run(project: Path, *command: str) -> str:
-    """Run a module as the user would, with warnings as errors."""
-    path = ":".join([str(ROOT / "src"), *(path for path in sys.path if path)])
-    finished = subprocess.run(
-        [sys.executable, "-W", "error", "-m", *command],
-        cwd=project,
-        env={"PYTHONPATH": path, "PATH": "/usr/bin:/bin"},
-        capture_output=True,
-        text=True,
-        check=False,
+    run(
+        tmp_path,
+        "from database import database; from models import Base\n"
+        "Base.metadata.create_all(database.engine)",
     )
-    assert finished.returncode == 0, finished.stdout + finished.stderr
-    return finished.stdout + finished.stderr
+    use, _, printed = USES[page].partition("---\n")
+    assert run(tmp_path, use) == printed
 
 
-def run_pytest(project: Path, *arguments: str) -> str:
-    plugins = ("-p", "sessionscope.pytest_plugin", "-p", "no:asyncio", "-p", "no:cacheprovider")
-    return run(project, "pytest", "-q", *plugins, *arguments)
-
-
-def test_the_guide_has_all_its_files() -> None:
-    assert len(BLOCKS) == GUIDE.count("```python")
-    assert {"database.py", "deps.py", "main.py", "conftest.py", "test_items.py"} <= set(BLOCKS)
-
-
-@pytest.mark.parametrize("kind", ["sqlite_url", "postgres_url"])
-def test_the_tests_of_the_guide_pass_and_leave_nothing(
-    project: Path, kind: str, request: pytest.FixtureRequest
-) -> None:
-    use(project, str(request.getfixturevalue(kind)))
-    assert "5 passed" in run_pytest(project, "test_items.py", "test_items_overridden.py")
-    (project / "left.py").write_text(
-        "from database import database; from models import *; from sqlmodel import select\n"
-        "with database.begin(read_only=True) as session:\n"
-        "    print(session.exec(select(User)).all(), session.exec(select(Item)).all())\n"
-        "database.dispose()\n",
-        encoding="utf-8",
-    )
-    assert run(project, "left") == "[] []\n"
-
-
-@pytest.mark.parametrize("other", ["conftest_memory.py", "conftest_postgres.py"])
-def test_another_database_stands_in_for_one_that_cannot_be_reached(
-    project: Path, other: str
-) -> None:
-    client = BLOCKS["conftest.py"].partition("@pytest.fixture\ndef client")
-    imports = "from fastapi.testclient import TestClient\nfrom main import app\n\n\n"
-    whole = BLOCKS[other] + "\n\n" + imports + "".join(client[1:])
-    (project / "conftest.py").write_text(whole, encoding="utf-8")
-    assert "5 passed" in run_pytest(project, "test_items.py", "test_items_overridden.py")
-
-
-def test_the_unittest_of_the_guide_passes(project: Path, sqlite_url: str) -> None:
-    use(project, sqlite_url)
-    (project / "tables.py").write_text(
-        "from sqlmodel import SQLModel; import models\n"
-        "from database import database\n"
-        "SQLModel.metadata.create_all(database.engine)\n"
-        "database.dispose()\n",
-        encoding="utf-8",
-    )
-    run(project, "tables")
-    assert "OK" in run(project, "unittest", "test_unittest")
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_link_of_a_page_leads_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text(encoding="utf-8"))
+    assert [link for link in links if not (page.parent / link).exists()] == []

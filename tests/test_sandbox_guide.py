@@ -1,0 +1,94 @@
+"""The guides' code runs."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+GUIDE = (ROOT / "docs" / "how-to" / "test-with-sandbox.md").read_text(encoding="utf-8")
+BLOCKS = dict(re.findall(r"```python\n# (\w+\.py)[^\n]*\n(.*?)```", GUIDE, re.DOTALL))
+WRITTEN = "postgresql+psycopg://user:password@host/dbname"
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """The guide's files in a folder, with a database that cannot be reached."""
+    for name, code in BLOCKS.items():
+        (tmp_path / name).write_text(code, encoding="utf-8")
+    (tmp_path / "pytest.ini").write_text("[pytest]\npythonpath = .\n", encoding="utf-8")
+    return tmp_path
+
+
+def use(project: Path, url: str) -> None:
+    """Let the guide's application have a database that is there."""
+    code = BLOCKS["database.py"]
+    assert WRITTEN in code
+    (project / "database.py").write_text(code.replace(WRITTEN, url), encoding="utf-8")
+
+
+def run(project: Path, *command: str) -> str:
+    """Run a module as the user would, with warnings as errors."""
+    path = ":".join([str(ROOT / "src"), *(path for path in sys.path if path)])
+    finished = subprocess.run(
+        [sys.executable, "-W", "error", "-m", *command],
+        cwd=project,
+        env={"PYTHONPATH": path, "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    return finished.stdout + finished.stderr
+
+
+def run_pytest(project: Path, *arguments: str) -> str:
+    plugins = ("-p", "sessionscope.pytest_plugin", "-p", "no:asyncio", "-p", "no:cacheprovider")
+    return run(project, "pytest", "-q", *plugins, *arguments)
+
+
+def test_the_guide_has_all_its_files() -> None:
+    assert len(BLOCKS) == GUIDE.count("```python")
+    assert {"database.py", "deps.py", "main.py", "conftest.py", "test_items.py"} <= set(BLOCKS)
+
+
+@pytest.mark.parametrize("kind", ["sqlite_url", "postgres_url"])
+def test_the_tests_of_the_guide_pass_and_leave_nothing(
+    project: Path, kind: str, request: pytest.FixtureRequest
+) -> None:
+    use(project, str(request.getfixturevalue(kind)))
+    assert "5 passed" in run_pytest(project, "test_items.py", "test_items_overridden.py")
+    (project / "left.py").write_text(
+        "from database import database; from models import *; from sqlmodel import select\n"
+        "with database.begin(read_only=True) as session:\n"
+        "    print(session.exec(select(User)).all(), session.exec(select(Item)).all())\n"
+        "database.dispose()\n",
+        encoding="utf-8",
+    )
+    assert run(project, "left") == "[] []\n"
+
+
+@pytest.mark.parametrize("other", ["conftest_memory.py", "conftest_postgres.py"])
+def test_another_database_stands_in_for_one_that_cannot_be_reached(
+    project: Path, other: str
+) -> None:
+    client = BLOCKS["conftest.py"].partition("@pytest.fixture\ndef client")
+    imports = "from fastapi.testclient import TestClient\nfrom main import app\n\n\n"
+    whole = BLOCKS[other] + "\n\n" + imports + "".join(client[1:])
+    (project / "conftest.py").write_text(whole, encoding="utf-8")
+    assert "5 passed" in run_pytest(project, "test_items.py", "test_items_overridden.py")
+
+
+def test_the_unittest_of_the_guide_passes(project: Path, sqlite_url: str) -> None:
+    use(project, sqlite_url)
+    (project / "tables.py").write_text(
+        "from sqlmodel import SQLModel; import models\n"
+        "from database import database\n"
+        "SQLModel.metadata.create_all(database.engine)\n"
+        "database.dispose()\n",
+        encoding="utf-8",
+    )
+    run(project, "tables")
+    assert "OK" in run(project, "unittest", "test_unittest")
