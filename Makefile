@@ -27,7 +27,7 @@ demo: .venv/demo/ready ## serve the example shop on http://127.0.0.1:8000 (PORT,
 	@cd examples && PYTHONPATH=../src exec ../$(demo_python) -m shop.demo
 
 test: .venv/test/ready ## run all tests (ARGS="-k name" goes to pytest)
-	@$(test_python) -m pytest $(ARGS)
+	@$(test_python) -m pytest -n 3 --dist loadfile $(ARGS)
 
 test-all: .venv/nox/ready ## run all tests in every corner (ARGS="-l" lists them)
 	@$(nox_python) -m nox $(ARGS)

@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from time import monotonic
 
 from sqlalchemy import URL
@@ -31,26 +32,25 @@ _PATIENCE = 10.0
 
 
 @contextmanager
-def pgbouncer(server: URL, folder: Path) -> Iterator[URL]:
+def pgbouncer(server: URL) -> Iterator[URL]:
     """Run PgBouncer with three server sessions for all clients; yield the URL that leads there."""
     assert PROGRAM is not None
     port = _any_port()
-    settings = folder / "pgbouncer.ini"
-    settings.write_text(
-        _SETTINGS.format(host=server.host, port=server.port, user=server.username, listen=port)
-    )
-    user = {}
-    if os.getuid() == 0:  # it refuses to run as root
-        user = {"user": pwd.getpwnam("nobody").pw_uid}
-        for each in (folder, *folder.parents[:2]):
-            each.chmod(0o755)
-    process = subprocess.Popen([PROGRAM, "-q", str(settings)], **user)  # type: ignore[call-overload]  # a user or none
-    try:
-        _wait_for(port, process)
-        yield server.set(host="127.0.0.1", port=port)
-    finally:
-        process.terminate()
-        process.wait()
+    with TemporaryDirectory(prefix="sessionscope-pgbouncer-") as folder:
+        settings = Path(folder, "pgbouncer.ini")
+        settings.write_text(
+            _SETTINGS.format(host=server.host, port=server.port, user=server.username, listen=port)
+        )
+        Path(folder).chmod(0o755)
+        # It refuses to run as root.
+        user = pwd.getpwnam("nobody").pw_uid if os.getuid() == 0 else None
+        process = subprocess.Popen([PROGRAM, "-q", str(settings)], user=user)
+        try:
+            _wait_for(port, process)
+            yield server.set(host="127.0.0.1", port=port)
+        finally:
+            process.terminate()
+            process.wait()
 
 
 def _any_port() -> int:

@@ -325,15 +325,6 @@ async def test_drain_waits_for_the_units_at_work_and_refuses_new_ones(
     assert await names(async_database) == []  # it works again
 
 
-@on_one_of_each_kind
-async def test_drain_gives_up_at_its_timeout(async_database: AsyncDatabase) -> None:
-    async with async_database.begin() as session:
-        await session.execute(text("SELECT 1"))
-        assert await async_database.drain(0.01) is False
-        session.add(Item(name="finished all the same"))
-    assert await names(async_database) == ["finished all the same"]
-
-
 @pytest.mark.parametrize("async_url", ["aiosqlite-memory"], indirect=True)
 async def test_a_drained_database_keeps_what_is_in_memory(async_database: AsyncDatabase) -> None:
     await async_database.run(add, "kept")

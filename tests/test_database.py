@@ -248,14 +248,6 @@ def test_drain_waits_for_the_units_at_work_and_refuses_new_ones(postgres: Databa
     assert names(postgres) == ["finished"]  # it works again
 
 
-def test_drain_gives_up_at_its_timeout(database: Database) -> None:
-    with database.begin() as session:
-        session.execute(text("SELECT 1"))
-        assert database.drain(0.01) is False
-        session.add(Item(name="finished all the same"))
-    assert names(database) == ["finished all the same"]
-
-
 def test_a_drained_database_keeps_what_is_in_memory() -> None:
     with Database("sqlite://") as database:
         create_tables(database).run(add, "kept")

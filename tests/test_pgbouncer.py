@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from sqlalchemy import make_url, select, text
@@ -18,13 +17,13 @@ UNITS = 200
 
 
 @pytest.fixture
-def bouncer_url(postgres_url: str, tmp_path: Path) -> Iterator[str]:
+def bouncer_url(postgres_url: str) -> Iterator[str]:
     """A database behind PgBouncer, which shares three sessions among all."""
     if PROGRAM is None:
         missing("PgBouncer is not installed (Debian: apt install pgbouncer)")
     with Database(postgres_url) as database:
         create_tables(database)
-    with pgbouncer(make_url(postgres_url), tmp_path) as url:
+    with pgbouncer(make_url(postgres_url)) as url:
         yield url.render_as_string(hide_password=False)
 
 

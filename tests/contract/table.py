@@ -1,4 +1,4 @@
-"""The table of docs/frameworks.md, made from the contract suite: `python -m tests.contract.table`.
+"""The table of README.md and docs/frameworks.md: `python -m tests.contract.table` writes it.
 
 A row is a test of test_contract.py, by the first line of its docstring; a column is a site. Every
 test runs on every site, so that what is in the table is what the suite has shown.
@@ -10,7 +10,8 @@ from pathlib import Path
 from tests.contract.running import SITES
 
 HERE = Path(__file__).parent
-PAGE = HERE.parents[1] / "docs" / "frameworks.md"
+ROOT = HERE.parents[1]
+PAGES = (ROOT / "README.md", ROOT / "docs" / "frameworks.md")
 BEGIN, END = "<!-- begin: python -m tests.contract.table -->\n", "<!-- end -->\n"
 
 
@@ -36,11 +37,12 @@ def table() -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
-def page() -> str:
-    """Return docs/frameworks.md with the table as it should be."""
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+def with_table(page: Path) -> str:
+    """Return the text of a page with the table as it should be."""
+    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
     return f"{before}{BEGIN}\n{table()}\n{END}{rest.partition(END)[2]}"
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(), encoding="utf-8")
+    for page in PAGES:
+        page.write_text(with_table(page), encoding="utf-8")
