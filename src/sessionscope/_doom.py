@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from sqlalchemy.engine.interfaces import ExceptionContext
+from sqlalchemy.engine.interfaces import DBAPIConnection, Dialect, ExceptionContext
 from sqlalchemy.pool import PoolProxiedConnection
 from sqlalchemy.util import await_only
 
@@ -79,9 +79,18 @@ def _mysql_status_now(context: ExceptionContext, proxied: PoolProxiedConnection)
     """Ask the server; a connection that is gone has nothing more to commit."""
     assert proxied.dbapi_connection is not None
     with suppress(context.dialect.loaded_dbapi.Error):
-        context.dialect.do_ping(proxied.dbapi_connection)
+        ping(context.dialect, proxied.dbapi_connection)
         return _mysql_status(proxied) or 0
     return 0
+
+
+def ping(dialect: Dialect, dbapi_connection: DBAPIConnection) -> None:
+    """Make a round trip; raises the driver's error if the connection is lost."""
+    if dialect.driver in ("asyncmy", "aiomysql"):
+        # Older SQLAlchemys leave out the argument, since PyMySQL, which they ask, has none any more.
+        dbapi_connection.ping(False)
+    else:
+        dialect.do_ping(dbapi_connection)
 
 
 def _is_lost(proxied: PoolProxiedConnection) -> bool:

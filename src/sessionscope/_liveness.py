@@ -12,7 +12,7 @@ from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
 from sessionscope._backends import descriptor, transport_of
-from sessionscope._doom import SERVER_STATUS_IN_TRANS
+from sessionscope._doom import SERVER_STATUS_IN_TRANS, ping
 
 # A server, proxy or firewall may drop a connection without a word; one that was
 # idle for longer than this many seconds is pinged before it is used again.
@@ -92,7 +92,7 @@ def _poller(driver_connection: Any) -> Callable[[], object]:
 def _ping(engine: Engine, dbapi_connection: DBAPIConnection) -> None:
     dialect = engine.dialect
     try:
-        dialect.do_ping(dbapi_connection)
+        ping(dialect, dbapi_connection)
     except dialect.loaded_dbapi.Error as error:
         # The pool then closes this connection and opens another in its place.
         raise sa_exc.DisconnectionError(f"the connection was lost while idle: {error}") from error
