@@ -233,16 +233,14 @@ def _inside(arguments: Iterable[object], depth: int) -> Iterator[object]:
 
 
 def _parts_of(argument: Any) -> Iterable[object]:
-    parts: Iterable[object] = ()
-    if isinstance(argument, partial):
-        parts = argument.func, *argument.args, argument.keywords
-    elif isinstance(argument, MethodType):
-        parts = (argument.__self__,)
-    elif isinstance(argument, Mapping):
-        parts = (*argument.keys(), *argument.values())
-    elif isinstance(argument, list | tuple | set | frozenset):
-        parts = iter(argument)  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]  # of anything
-    return parts
+    kind: type[Any] = type(argument)
+    if issubclass(kind, partial):
+        return argument.func, *argument.args, argument.keywords
+    if issubclass(kind, MethodType):
+        return (argument.__self__,)
+    if issubclass(kind, Mapping):
+        return [*argument.keys(), *argument.values()]
+    return list(argument) if issubclass(kind, list | tuple | set | frozenset) else ()
 
 
 def _add_note(error: BaseException, note: str) -> None:
