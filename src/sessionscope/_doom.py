@@ -87,7 +87,7 @@ def _mysql_status_now(context: ExceptionContext, proxied: PoolProxiedConnection)
 def ping(dialect: Dialect, dbapi_connection: DBAPIConnection) -> None:
     """Make a round trip; raises the driver's error if the connection is lost."""
     if dialect.driver in ("asyncmy", "aiomysql"):
-        # Older SQLAlchemys leave out the argument, since PyMySQL, which they ask, has none any more.
+        # Older SQLAlchemys leave it out: they ask PyMySQL, which has no such argument any more.
         dbapi_connection.ping(False)
     else:
         dialect.do_ping(dbapi_connection)

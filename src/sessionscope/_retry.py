@@ -233,7 +233,7 @@ def _inside(arguments: Iterable[object], depth: int) -> Iterator[object]:
 
 
 def _parts_of(argument: Any) -> Iterable[object]:
-    kind: type[Any] = type(argument)
+    kind: type[object] = argument.__class__
     if issubclass(kind, partial):
         return argument.func, *argument.args, argument.keywords
     if issubclass(kind, MethodType):
