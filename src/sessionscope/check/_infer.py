@@ -4,8 +4,10 @@ import ast
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import cached_property
 
 from sessionscope.check._annotations import Annotations
+from sessionscope.check._behaviour import session_by_use
 from sessionscope.check._facts import Binding, Module, Scope, decorator_names, dotted, receiver
 from sessionscope.check._index import Index
 from sessionscope.check._values import (
@@ -21,6 +23,8 @@ from sessionscope.check._values import (
 )
 
 _DEPTH = 24
+_LIBRARIES = ("sqlalchemy", "sqlmodel", "flask_sqlalchemy")
+_VAGUE = frozenset({"external", "instance"})
 _CACHES = frozenset({"lru_cache", "cache", "cached_property", "cached", "singleton"})
 
 
@@ -52,6 +56,8 @@ class Inference:
         self._depth += 1
         try:
             found = self._evaluate(node, scope)
+            if found is None or (found.kind in _VAGUE and found.target is None):
+                found = self._by_use(node, scope) or found
         finally:
             self._depth -= 1
         scope.memo[key] = found
@@ -79,6 +85,24 @@ class Inference:
                 return NONE
             case _:
                 return None
+
+    def _by_use(self, node: ast.expr, scope: Scope) -> Value | None:
+        """What nobody declares may still show by its use that it is a session."""
+        path = dotted(node) if isinstance(node, ast.Name | ast.Attribute) else None
+        if path is None or scope.kind != "function" or not self._has_sessions:
+            return None
+        return session_by_use(path, scope, self.value)
+
+    @cached_property
+    def _has_sessions(self) -> bool:
+        """Whether the project imports a library whose sessions these may be."""
+        return any(
+            binding.kind == "import" and str(binding.value).startswith(_LIBRARIES)
+            for module in self.index.modules
+            for scope in module.scopes
+            for bindings in scope.bindings.values()
+            for binding in bindings
+        )
 
     def annotation(self, node: ast.expr | None, scope: Scope) -> Value | None:
         """Return what a value annotated with *node* stands for."""
