@@ -194,7 +194,7 @@ def _calls_one_that_acts(model: Model, scope: Scope, handler: ast.ExceptHandler)
             target = model.called(call.node, scope)
             function = target.function if target is not None else None
             if function is not None and (
-                isinstance(function.body[-1], ast.Raise)
+                (target is not None and target.raises)
                 or any(
                     isinstance(node, ast.Attribute) and node.attr in _ENDS
                     for node in ast.walk(function)
