@@ -43,7 +43,10 @@ def _judge(path: str, scope: Scope, value: Evaluate) -> Value | None:
     received = bool(bindings) and all(b.kind == "parameter" for b in bindings)
     root = path.partition(".")[0]
     local = any(root in s.bindings for s in scope.around() if s.kind == "function")
-    return Value("session", _is_awaited(uses), received=received, scoped=not local)
+    is_async = _is_awaited(uses)
+    # What an object or a module holds may be a registry, which each thread asks anew.
+    scoped = not local or ("." in path and not is_async)
+    return Value("session", is_async, received=received, scoped=scoped)
 
 
 def _uses(path: str, scope: Scope) -> Iterator[tuple[Scope, Use]]:
@@ -59,9 +62,7 @@ def _uses(path: str, scope: Scope) -> Iterator[tuple[Scope, Use]]:
                 yield place, use
 
 
-def _is_session(
-    path: str, uses: list[tuple[Scope, Use]], names: set[str], value: Evaluate
-) -> bool:
+def _is_session(path: str, uses: list[tuple[Scope, Use]], names: set[str], value: Evaluate) -> bool:
     if names & {"add", "add_all", "bulk_save_objects"} and names & _ENDS:
         return True
     named = any(word in path.rpartition(".")[2].lower() for word in _SESSION_LIKE)
@@ -111,7 +112,5 @@ def _is_statement(node: ast.expr, scope: Scope, value: Evaluate, depth: int = 0)
 
 def _is_awaited(uses: list[tuple[Scope, Use]]) -> bool:
     """Return whether the statements are awaited, which those of a plain session never are."""
-    awaited = {
-        id(call.node) for scope, _ in uses for call in scope.calls if call.role == "await"
-    }
+    awaited = {id(call.node) for scope, _ in uses for call in scope.calls if call.role == "await"}
     return any(id(use.node) in awaited for _, use in uses if use.name in STATEMENTS)

@@ -65,8 +65,9 @@ def fresh_call(model: Model, scope: Scope, binding: Binding, name: str = "") -> 
 
 
 def _closed_by_hand(model: Model, scope: Scope, name: str, made: ast.Call) -> bool:
-    if not any(use.role == "method" and use.name in {"close", "aclose"}
-               for use in scope.uses.get(name, ())):
+    if not any(
+        use.role == "method" and use.name in {"close", "aclose"} for use in scope.uses.get(name, ())
+    ):
         return False
     known = model.value(made, scope)
     vague = known is None or (known.kind in {"external", "instance"} and known.target is None)

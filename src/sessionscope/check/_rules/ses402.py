@@ -180,6 +180,8 @@ def _acts(handler: ast.ExceptHandler, path: str) -> bool:
             )
             if last in _ENDS or last in {"exit", "_exit", "abort", "fail", "skip"}:
                 return True
+            if last.lstrip("_").startswith(("handle_", "fail_", "abort_", "on_error")):
+                return True
             if "rollback" in last or "reset" in last or "close" in last or "raise" in last:
                 return True
             if any(ast.unparse(a) == path for a in node.args):
