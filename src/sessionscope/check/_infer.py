@@ -8,7 +8,15 @@ from functools import cached_property
 
 from sessionscope.check._annotations import Annotations
 from sessionscope.check._behaviour import session_by_use
-from sessionscope.check._facts import Binding, Module, Scope, decorator_names, dotted, receiver
+from sessionscope.check._facts import (
+    Binding,
+    Module,
+    Scope,
+    decorator_names,
+    dotted,
+    last_name,
+    receiver,
+)
 from sessionscope.check._index import Index
 from sessionscope.check._values import (
     DATABASES,
@@ -560,7 +568,7 @@ class Inference:
         for outcome in function.returns:
             found = self.value(outcome.value, function)
             if found is not None and found is not NONE:
-                return found
+                return found.held() if _keeps(function, outcome.value) else found
         return self._declared(function)
 
     def _declared(self, function: Scope) -> Value | None:
@@ -588,6 +596,30 @@ class Inference:
         return None
 
 
+def _keeps(function: Scope, node: ast.expr | None) -> bool:
+    """Return whether *function* also puts what it returns where it, or others, find it again."""
+    if not isinstance(node, ast.Name):
+        return False
+    for use in function.uses.get(node.id, ()):
+        match use.owner:
+            case ast.Assign(targets=targets) if use.role == "assign":
+                if any(isinstance(target, ast.Subscript | ast.Attribute) for target in targets):
+                    return True
+            case ast.Call() as call if use.role == "argument" and last_name(call) in _KEEPERS:
+                return True
+            case _:
+                pass
+    values = [binding.value for binding in function.bindings.get(node.id, ())]
+    return any(
+        binding.value is value and isinstance(value, ast.Call)
+        for path, bindings in function.bindings.items()
+        if "." in path
+        for binding in bindings
+        for value in values
+    )
+
+
+_KEEPERS = frozenset({"set", "setdefault", "setattr", "append", "register", "put", "push"})
 # Worth asking the callers about; the name alone proves nothing.
 _SESSION_LIKE = re.compile(r"(?i)sess|^_?db|database|engine|factory|maker|^uow|^s$|^conn")
 _BUILTINS = frozenset({"next", "anext", "iter", "aiter", "open", "map", "list", "tuple", "super"})
