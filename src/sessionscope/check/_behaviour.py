@@ -5,6 +5,7 @@ are what a session alone understands, whoever made it and wherever it comes from
 """
 
 import ast
+import re
 from collections.abc import Callable, Iterator
 
 from sessionscope.check._facts import STATEMENTS, Scope, Use, last_name, receiver, words
@@ -18,7 +19,7 @@ _QUERIES = words(
     "filter filter_by join outerjoin options get all first one one_or_none order_by count scalar "
     "with_for_update where distinct limit delete update with_entities group_by select_from"
 )
-_SESSION_LIKE = ("sess", "db", "database")
+_NAMED = re.compile(r"(?i)sess|db|database")
 _LIBRARIES = frozenset({"sqlalchemy", "sqlmodel", "sqlalchemy_utils"})
 
 Evaluate = Callable[[ast.expr | None, Scope], Value | None]
@@ -26,6 +27,12 @@ Evaluate = Callable[[ast.expr | None, Scope], Value | None]
 
 def session_by_use(path: str, scope: Scope, value: Evaluate) -> Value | None:
     """Return the session that *path* is by its use in *scope*, if it is one."""
+    for use in scope.uses.get(path, ()):
+        if use.name in _TELLING:
+            break
+    else:
+        if not _NAMED.search(path):
+            return None  # nearly all names of a program
     key = ("by use", path)
     if key not in scope.memo:
         scope.memo[key] = None  # asked again while it is looked into
@@ -65,7 +72,7 @@ def _uses(path: str, scope: Scope) -> Iterator[tuple[Scope, Use]]:
 def _is_session(path: str, uses: list[tuple[Scope, Use]], names: set[str], value: Evaluate) -> bool:
     if names & {"add", "add_all", "bulk_save_objects"} and names & _ENDS:
         return True
-    named = any(word in path.rpartition(".")[2].lower() for word in _SESSION_LIKE)
+    named = bool(_NAMED.search(path.rpartition(".")[2]))
     return any(_tells(scope, use, named, value) for scope, use in uses)
 
 

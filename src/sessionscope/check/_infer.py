@@ -32,6 +32,7 @@ from sessionscope.check._values import (
 
 _DEPTH = 24
 _LIBRARIES = ("sqlalchemy", "sqlmodel", "flask_sqlalchemy")
+_PATHS = frozenset({ast.Name, ast.Attribute})
 _VAGUE = frozenset({"external", "instance"})
 _CACHES = frozenset({"lru_cache", "cache", "cached_property", "cached", "singleton"})
 
@@ -96,10 +97,10 @@ class Inference:
 
     def _by_use(self, node: ast.expr, scope: Scope) -> Value | None:
         """What nobody declares may still show by its use that it is a session."""
-        path = dotted(node) if isinstance(node, ast.Name | ast.Attribute) else None
-        if path is None or scope.kind != "function" or not self._has_sessions:
+        if scope.kind != "function" or type(node) not in _PATHS or not self._has_sessions:
             return None
-        return session_by_use(path, scope, self.value)
+        path = dotted(node)
+        return session_by_use(path, scope, self.value) if path is not None else None
 
     @cached_property
     def _has_sessions(self) -> bool:

@@ -149,11 +149,9 @@ def _used_as_session(model: Model, scope: Scope) -> Iterator[Finding]:
 
 def _left_loops(model: Model, scope: Scope) -> Iterator[Finding]:
     loops = {
-        id(block.node): block.node
-        for uses in scope.uses.values()
-        for use in uses
-        for block in use.block.chain()
-        if block.kind == "loop" and isinstance(block.node, ast.AsyncFor | ast.For)
+        id(call.owner): call.owner
+        for call in scope.calls
+        if call.role == "loop" and isinstance(call.owner, ast.AsyncFor | ast.For)
     }
     for loop in loops.values():
         found = _provider(model, loop.iter, scope)
