@@ -15,6 +15,9 @@ FIXTURES = Path(__file__).parent / "fixtures"
 FIXABLE = {code: rule for code, rule in RULES.items() if rule.fix}
 # What each fix may add to a line, and may take away.
 MARKS = {
+    "SES101": ("engine = ", "Engine", "factory = ", "pass"),
+    "SES102": ("with ", ".close()"),
+    "SES105": ("with ",),
     "SES103": ("try:", "finally:", "    "),
     "SES107": ("pass", ".close()"),
     "SES205": ("async ",),

@@ -102,6 +102,7 @@ class Scope:
         "name",
         "node",
         "parent",
+        "raises",
         "returns",
         "tries",
         "uses",
@@ -126,6 +127,7 @@ class Scope:
         self.block = block
         self.is_async = isinstance(node, ast.AsyncFunctionDef)
         self.is_generator = False
+        self.raises = False  # ends with a ``raise``
         self.bindings: dict[str, list[Binding]] = {}
         self.uses: dict[str, list[Use]] = {}
         self.calls: list[CallFact] = []

@@ -4,9 +4,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import libcst as cst
-from libcst.metadata import CodeRange, MetadataWrapper, PositionProvider
+from libcst.metadata import MetadataWrapper
 
 from sessionscope.check._finding import Finding
+from sessionscope.check._fix_blocks import Hoist, WrapInWith
+from sessionscope.check._fix_places import Fix, assigned, is_call_of
 
 
 def apply(findings: Iterable[Finding], files: Mapping[str, Path], *, unsafe: bool) -> int:
@@ -41,8 +43,8 @@ def _mend_file(file: Path, path: str, findings: Sequence[Finding]) -> set[Findin
         if changed != source:
             source = changed
             mended.add(finding)
-    if any(finding.code == "SES304" for finding in mended):
-        source = _with_import(source)  # last, because it moves all lines below
+    for module, name in _needed(mended):
+        source = _with_import(source, module, name)  # last, because it moves all lines below
     if mended:
         file.write_bytes(source)
     return mended
@@ -62,25 +64,7 @@ def mend(source: bytes, path: str, finding: Finding) -> bytes:
     return result
 
 
-class _Fix(cst.CSTTransformer):
-    """One change at the place of one finding."""
-
-    METADATA_DEPENDENCIES = (PositionProvider,)
-
-    def __init__(self, path: str, finding: Finding) -> None:
-        super().__init__()
-        self.finding = finding
-        self.place = finding.line, finding.column - 1
-        self.steps = [step.line for step in finding.evidence if step.path == path]
-
-    def at(self, node: cst.CSTNode) -> tuple[int, int]:
-        """Return where *node* begins."""
-        place = self.get_metadata(PositionProvider, node)
-        assert isinstance(place, CodeRange)
-        return place.start.line, place.start.column
-
-
-class _CloseInFinally(_Fix):
+class _CloseInFinally(Fix):
     """SES103: from the line after the session is made, ``try: … finally: close``."""
 
     def leave_IndentedBlock(  # noqa: N802 - LibCST calls it so
@@ -90,9 +74,9 @@ class _CloseInFinally(_Fix):
         if self.place[0] not in lines:
             return updated_node
         made = lines.index(self.place[0])
-        name = _assigned(original_node.body[made])
+        name = assigned(original_node.body[made])
         *_, last = updated_node.body
-        if name is None or made >= len(lines) - 2 or not _is_close(last, name):
+        if name is None or made >= len(lines) - 2 or not is_call_of(last, f"{name}.close"):
             return updated_node
         inner = updated_node.body[made + 1 : -1]
         attempt = cst.Try(
@@ -102,7 +86,7 @@ class _CloseInFinally(_Fix):
         return updated_node.with_changes(body=[*updated_node.body[: made + 1], attempt])
 
 
-class _StaticPool(_Fix):
+class _StaticPool(Fix):
     """SES304: ``poolclass=StaticPool``; the import comes later."""
 
     changed = False
@@ -116,7 +100,7 @@ class _StaticPool(_Fix):
         )
 
 
-class _DeleteStatement(_Fix):
+class _DeleteStatement(Fix):
     """SES107: the call that closes goes."""
 
     def leave_SimpleStatementLine(  # noqa: N802 - LibCST calls it so
@@ -138,7 +122,7 @@ class _DeleteStatement(_Fix):
         return updated_node.with_changes(body=[line])
 
 
-class _PlainDef(_Fix):
+class _PlainDef(Fix):
     """SES205: ``def`` instead of ``async def``."""
 
     def leave_FunctionDef(  # noqa: N802 - LibCST calls it so
@@ -149,7 +133,7 @@ class _PlainDef(_Fix):
         return updated_node.with_changes(asynchronous=None)
 
 
-class _FunctionScope(_Fix):
+class _FunctionScope(Fix):
     """SES206: ``scope="function"`` at each ``Depends``."""
 
     def leave_Call(self, original_node: cst.Call, updated_node: cst.Call) -> cst.Call:  # noqa: N802 - LibCST calls it so
@@ -165,7 +149,7 @@ class _FunctionScope(_Fix):
         return updated_node.with_changes(args=_with_argument(updated_node.args, "scope", value))
 
 
-class _RollBack(_Fix):
+class _RollBack(Fix):
     """SES402: a rollback is the first thing that the handler does."""
 
     def leave_IndentedBlock(  # noqa: N802 - LibCST calls it so
@@ -180,35 +164,17 @@ class _RollBack(_Fix):
         return updated_node.with_changes(body=[line, *updated_node.body])
 
 
-_FIXES: dict[str, type[_Fix]] = {
+_FIXES: dict[str, type[Fix]] = {
+    "SES101": Hoist,
+    "SES102": WrapInWith,
     "SES103": _CloseInFinally,
+    "SES105": WrapInWith,
     "SES107": _DeleteStatement,
     "SES205": _PlainDef,
     "SES206": _FunctionScope,
     "SES304": _StaticPool,
     "SES402": _RollBack,
 }
-
-
-def _assigned(statement: cst.BaseStatement) -> str | None:
-    if not isinstance(statement, cst.SimpleStatementLine) or len(statement.body) != 1:
-        return None
-    match statement.body[0]:
-        case cst.Assign(targets=[cst.AssignTarget(target=cst.Name(value=name))]):
-            return str(name)
-        case cst.AnnAssign(target=cst.Name(value=name)):
-            return str(name)
-        case _:
-            return None
-
-
-def _is_close(statement: cst.BaseStatement, name: str) -> bool:
-    if not isinstance(statement, cst.SimpleStatementLine) or len(statement.body) != 1:
-        return False
-    line = statement.body[0]
-    value = line.value if isinstance(line, cst.Expr) else None
-    call = value.expression if isinstance(value, cst.Await) else value
-    return isinstance(call, cst.Call) and cst.Module([]).code_for_node(call) == f"{name}.close()"
 
 
 def _with_argument(
@@ -239,12 +205,24 @@ def _names(call: cst.Call, message: str) -> bool:
     return text.rpartition(".")[2] == provider
 
 
-def _with_import(source: bytes) -> bytes:
-    """Return *source* with StaticPool imported after its other imports."""
+def _needed(mended: Iterable[Finding]) -> list[tuple[str, str]]:
+    """Return the imports, module and name, that fixes have made necessary."""
+    needed: dict[tuple[str, str], None] = {}
+    for finding in mended:
+        if finding.code == "SES304":
+            needed["sqlalchemy.pool", "StaticPool"] = None
+        if finding.code == "SES105":
+            name = "asynccontextmanager" if "async with" in finding.message else "contextmanager"
+            needed["contextlib", name] = None
+    return sorted(needed)
+
+
+def _with_import(source: bytes, origin: str, name: str) -> bytes:
+    """Return *source* with *name* imported after its other imports."""
     module = cst.parse_module(source)
-    if _imports(module, "StaticPool"):
+    if _imports(module, name):
         return source
-    line = cst.parse_statement("from sqlalchemy.pool import StaticPool\n")
+    line = cst.parse_statement(f"from {origin} import {name}\n")
     places = [n for n, statement in enumerate(module.body) if _is_import(statement)]
     after = places[-1] + 1 if places else 0
     return module.with_changes(body=[*module.body[:after], line, *module.body[after:]]).bytes

@@ -4,9 +4,19 @@ import ast
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import cached_property
 
 from sessionscope.check._annotations import Annotations
-from sessionscope.check._facts import Binding, Module, Scope, decorator_names, dotted, receiver
+from sessionscope.check._behaviour import session_by_use
+from sessionscope.check._facts import (
+    Binding,
+    Module,
+    Scope,
+    decorator_names,
+    dotted,
+    last_name,
+    receiver,
+)
 from sessionscope.check._index import Index
 from sessionscope.check._values import (
     DATABASES,
@@ -21,6 +31,9 @@ from sessionscope.check._values import (
 )
 
 _DEPTH = 24
+_LIBRARIES = ("sqlalchemy", "sqlmodel", "flask_sqlalchemy")
+_PATHS = frozenset({ast.Name, ast.Attribute})
+_VAGUE = frozenset({"external", "instance"})
 _CACHES = frozenset({"lru_cache", "cache", "cached_property", "cached", "singleton"})
 
 
@@ -52,6 +65,8 @@ class Inference:
         self._depth += 1
         try:
             found = self._evaluate(node, scope)
+            if found is None or (found.kind in _VAGUE and found.target is None):
+                found = self._by_use(node, scope) or found
         finally:
             self._depth -= 1
         scope.memo[key] = found
@@ -79,6 +94,24 @@ class Inference:
                 return NONE
             case _:
                 return None
+
+    def _by_use(self, node: ast.expr, scope: Scope) -> Value | None:
+        """What nobody declares may still show by its use that it is a session."""
+        if scope.kind != "function" or type(node) not in _PATHS or not self._has_sessions:
+            return None
+        path = dotted(node)
+        return session_by_use(path, scope, self.value) if path is not None else None
+
+    @cached_property
+    def _has_sessions(self) -> bool:
+        """Whether the project imports a library whose sessions these may be."""
+        return any(
+            binding.kind == "import" and str(binding.value).startswith(_LIBRARIES)
+            for module in self.index.modules
+            for scope in module.scopes
+            for bindings in scope.bindings.values()
+            for binding in bindings
+        )
 
     def annotation(self, node: ast.expr | None, scope: Scope) -> Value | None:
         """Return what a value annotated with *node* stands for."""
@@ -536,7 +569,7 @@ class Inference:
         for outcome in function.returns:
             found = self.value(outcome.value, function)
             if found is not None and found is not NONE:
-                return found
+                return found.held() if _keeps(function, outcome.value) else found
         return self._declared(function)
 
     def _declared(self, function: Scope) -> Value | None:
@@ -564,6 +597,30 @@ class Inference:
         return None
 
 
+def _keeps(function: Scope, node: ast.expr | None) -> bool:
+    """Return whether *function* also puts what it returns where it, or others, find it again."""
+    if not isinstance(node, ast.Name):
+        return False
+    for use in function.uses.get(node.id, ()):
+        match use.owner:
+            case ast.Assign(targets=targets) if use.role == "assign":
+                if any(isinstance(target, ast.Subscript | ast.Attribute) for target in targets):
+                    return True
+            case ast.Call() as call if use.role == "argument" and last_name(call) in _KEEPERS:
+                return True
+            case _:
+                pass
+    values = [binding.value for binding in function.bindings.get(node.id, ())]
+    return any(
+        binding.value is value and isinstance(value, ast.Call)
+        for path, bindings in function.bindings.items()
+        if "." in path
+        for binding in bindings
+        for value in values
+    )
+
+
+_KEEPERS = frozenset({"set", "setdefault", "setattr", "append", "register", "put", "push"})
 # Worth asking the callers about; the name alone proves nothing.
 _SESSION_LIKE = re.compile(r"(?i)sess|^_?db|database|engine|factory|maker|^uow|^s$|^conn")
 _BUILTINS = frozenset({"next", "anext", "iter", "aiter", "open", "map", "list", "tuple", "super"})

@@ -4,6 +4,7 @@ import ast
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from sessionscope.check._behaviour import session_by_use
 from sessionscope.check._facts import Binding, Scope, Use, parameters, receiver, words
 from sessionscope.check._model import Model
 from sessionscope.check._paths import Marks
@@ -38,15 +39,18 @@ def owned(model: Model, scope: Scope) -> Iterator[Owned]:
         if "." in name or name in taken or name in scope.globals:
             continue
         for binding in bindings:
-            made = fresh_call(model, scope, binding)
+            made = fresh_call(model, scope, binding, name)
             if made is not None:
-                value = model.value(made, scope)
+                value = model.session(made, scope) or session_by_use(name, scope, model.value)
                 if value is not None:
                     yield Owned(name, scope, made, binding, value)
 
 
-def fresh_call(model: Model, scope: Scope, binding: Binding) -> ast.Call | None:
-    """Return the call with which *binding* makes a session, if it does."""
+def fresh_call(model: Model, scope: Scope, binding: Binding, name: str = "") -> ast.Call | None:
+    """Return the call with which *binding* makes a session, if it does.
+
+    Who closes what an unknown function returned takes it for his own; *name* tells it.
+    """
     if binding.kind != "value" or binding.place is not None:
         return None
     node = binding.value
@@ -55,7 +59,31 @@ def fresh_call(model: Model, scope: Scope, binding: Binding) -> ast.Call | None:
     if not isinstance(node, ast.Call):
         return None
     found = model.session(node, scope)
+    if found is None and name and _closed_by_hand(model, scope, name, node):
+        return node
     return node if found is not None and found.fresh and not on_connection(found) else None
+
+
+def _closed_by_hand(model: Model, scope: Scope, name: str, made: ast.Call) -> bool:
+    if not any(
+        use.role == "method" and use.name in {"close", "aclose"} for use in scope.uses.get(name, ())
+    ):
+        return False
+    known = model.value(made, scope)
+    vague = known is None or (known.kind in {"external", "instance"} and known.target is None)
+    return vague and session_by_use(name, scope, model.value) is not None
+
+
+def stays_in_block(scope: Scope, name: str) -> bool:
+    """Return whether *name* is assigned once, and used in that block alone."""
+    bindings = scope.bindings.get(name, [])
+    return (
+        len(bindings) == 1
+        and bindings[0].kind == "value"
+        and bindings[0].annotation is None
+        and bindings[0].place is None
+        and all(bindings[0].block in use.block.chain() for use in scope.uses.get(name, ()))
+    )
 
 
 def on_connection(value: Value) -> bool:
@@ -92,7 +120,7 @@ def marks(model: Model, session: Owned) -> Marks:
     scope = session.scope
     found = Marks(session.name)
     for binding in scope.bindings[session.name]:
-        made = fresh_call(model, scope, binding)
+        made = fresh_call(model, scope, binding, session.name)
         if made is not None:
             found.opened.add(id(made))
     for use in scope.uses.get(session.name, ()):

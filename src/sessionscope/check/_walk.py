@@ -138,6 +138,7 @@ class _Walker:
         scope = self.define(node, "function")
         self.bind(node.name, "scope", node, scope)
         self.enter(scope, lambda: self.function_body(node))
+        scope.raises = isinstance(node.body[-1], ast.Raise)
         if _is_boring(scope):
             # What it binds and calls stays; the rest is most of what a file weighs.
             node.body = node.body[:1]

@@ -38,6 +38,7 @@ Where each call really talks to another database, and the engine is disposed of 
 """
 
 import ast
+import builtins
 from collections.abc import Iterator
 
 from sessionscope.check._facts import CallFact, Scope, decorator_names
@@ -87,7 +88,29 @@ def _judge_call(model: Model, scope: Scope, call: CallFact) -> Iterator[Finding]
         'connections open, until the server answers "too many clients". Make it once, at the '
         "top of a module",
         because=because,
+        fix=_can_be_hoisted(scope, call),
     )
+
+
+def _can_be_hoisted(scope: Scope, call: CallFact) -> bool:
+    """Return whether the statement means the same at the top of the module, under its name."""
+    module = scope.module.scope
+    owner = call.owner
+    if scope.parent is not module or not isinstance(owner, ast.Assign):
+        return False
+    if sum(other.name in _MAKERS for other in scope.calls) > 1:
+        return False  # what is left would be made over and over
+    target = owner.targets[0]
+    if len(owner.targets) != 1 or not isinstance(target, ast.Name) or owner.value is not call.node:
+        return False
+    names = {n.id for n in ast.walk(call.node) if isinstance(n, ast.Name)}
+    known = all(
+        name not in scope.bindings
+        and any(b.line < call.node.lineno for b in module.bindings.get(name, ()))
+        for name in names
+        if not hasattr(builtins, name)
+    )
+    return known and len(scope.bindings[target.id]) == 1 and target.id not in module.bindings
 
 
 _MAKERS = (
@@ -197,4 +220,4 @@ def _reached(
     return None
 
 
-RULE = Rule("SES101", "engine-per-call", "high", judge)
+RULE = Rule("SES101", "engine-per-call", "high", judge, fix="unsafe")

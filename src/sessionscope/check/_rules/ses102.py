@@ -50,9 +50,11 @@ from sessionscope.check._ownership import (
     on_connection,
     own_name,
     owned,
+    stays_in_block,
     stored_in,
 )
 from sessionscope.check._paths import IDLE, OPEN, leave
+from sessionscope.check._values import Value
 
 _SHORT_LIVED = frozenset({"command", "start-up"})
 _ENDS = (
@@ -105,13 +107,19 @@ def _judge_local(model: Model, session: Owned) -> Iterator[Finding]:
         RULE,
         scope,
         session.made,
-        f"`{session.name}` {how}: {_ENDS}. Write `with {_short(session.made)} as {session.name}:`",
+        f"`{session.name}` {how}: {_ENDS}. Write "
+        f"`{_with(session.value)} {_short(session.made)} as {session.name}:`",
         confidence=_softened(model, scope, confidence),
         because=[
             Because(scope, session.made, f"`{session.name}` is made here"),
             Because(scope, place, "and still open when the function is left here"),
         ],
+        fix=stays_in_block(scope, session.name),
     )
+
+
+def _with(value: Value) -> str:
+    return "async with" if value.is_async else "with"
 
 
 def _softened(model: Model, scope: Scope, confidence: Confidence) -> Confidence:
@@ -147,6 +155,7 @@ def _judge_inline(model: Model, scope: Scope) -> Iterator[Finding]:
             f"`with {_short(call.node)} as session:`",
             confidence=_softened(model, scope, "high" if call.role == "method" else "medium"),
             because=[Because(scope, call.node, "made here, bound to no name")],
+            fix=False,
         )
 
 
@@ -199,6 +208,7 @@ def _judge_stored(model: Model, scope: Scope) -> Iterator[Finding]:
                     f"the object receive its session, or open one per unit of work",
                     confidence=_softened(model, scope, "medium"),
                     because=[Because(scope, made, f"`{path}` is made here")],
+                    fix=False,
                 )
 
 
@@ -240,4 +250,4 @@ def _may_be_of(model: Model, scope: Scope, path: str, owner: Scope) -> bool:
     return other is owner or id(owner) in relatives or id(other) in relatives
 
 
-RULE = Rule("SES102", "session-not-closed", "on", judge)
+RULE = Rule("SES102", "session-not-closed", "on", judge, fix="unsafe")

@@ -38,6 +38,7 @@ from collections.abc import Iterator
 from sessionscope.check._facts import SESSION_METHODS, CallFact, Scope, dotted
 from sessionscope.check._finding import Finding, Rule
 from sessionscope.check._model import Because, Model, contains
+from sessionscope.check._ownership import stays_in_block
 from sessionscope.check._values import Value
 
 _OF_SESSIONS = SESSION_METHODS - {"close", "aclose"}
@@ -74,12 +75,13 @@ def _stepped(model: Model, scope: Scope, call: CallFact) -> Iterator[Finding]:
     # A generator with a name lives as long as the name: it is not garbage at once.
     if found is None or dotted(generator) is not None:
         return
-    yield _finding(model, scope, node, generator, found)
+    yield _finding(model, scope, call, generator, found)
 
 
 def _finding(
-    model: Model, scope: Scope, node: ast.expr, generator: ast.expr, found: Value
+    model: Model, scope: Scope, call: CallFact, generator: ast.expr, found: Value
 ) -> Finding:
+    node = call.node
     name = ast.unparse(generator.func if isinstance(generator, ast.Call) else generator)
     target = found.target if isinstance(found.target, Scope) else None
     return model.finding(
@@ -88,8 +90,35 @@ def _finding(
         node,
         f"`{ast.unparse(node)}` throws the generator away: it closes the session at once, the "
         'session reopens by itself and is never closed again, until "QueuePool limit reached". '
-        f"Write `with contextmanager({name})() as session:`",
+        f"Write `{_manager(found)}({name})() as session:`",
         because=[Because(target, target.function, "the provider")] if target else (),
+        fix=_can_be_wrapped(scope, call),
+    )
+
+
+def _manager(found: Value) -> str:
+    return "async with asynccontextmanager" if found.is_async else "with contextmanager"
+
+
+def _can_be_wrapped(scope: Scope, call: CallFact) -> bool:
+    """Return whether the session is a name that the rest of one block alone uses."""
+    owner = call.owner
+    statement = call.role in {"assign", "await"} and isinstance(owner, ast.Assign | ast.Await)
+    names = [
+        name
+        for name, bindings in scope.bindings.items()
+        for binding in bindings
+        if binding.value is call.node
+        or (isinstance(binding.value, ast.Await) and binding.value.value is call.node)
+    ]
+    return (
+        statement
+        and scope.kind == "function"
+        and len(names) == 1
+        and "." not in names[0]
+        and len(call.node.args) == 1
+        and isinstance(call.node.func, ast.Name)
+        and stays_in_block(scope, names[0])
     )
 
 
@@ -113,17 +142,16 @@ def _used_as_session(model: Model, scope: Scope) -> Iterator[Finding]:
                     f"`.{use.name}()` raises AttributeError. Write "
                     f"`with contextmanager(...)() as {path}:`",
                     because=[Because(target, target.function, "the provider")] if target else (),
+                    fix=False,
                 )
                 break
 
 
 def _left_loops(model: Model, scope: Scope) -> Iterator[Finding]:
     loops = {
-        id(block.node): block.node
-        for uses in scope.uses.values()
-        for use in uses
-        for block in use.block.chain()
-        if block.kind == "loop" and isinstance(block.node, ast.AsyncFor | ast.For)
+        id(call.owner): call.owner
+        for call in scope.calls
+        if call.role == "loop" and isinstance(call.owner, ast.AsyncFor | ast.For)
     }
     for loop in loops.values():
         found = _provider(model, loop.iter, scope)
@@ -140,6 +168,7 @@ def _left_loops(model: Model, scope: Scope) -> Iterator[Finding]:
             f"`async with asynccontextmanager({ast.unparse(loop.iter.func)})() as session:`",
             because=[Because(target, target.function, "the provider")] if target else (),
             confidence="medium",
+            fix=False,
         )
 
 
@@ -155,4 +184,4 @@ def _is_left(loop: ast.AsyncFor | ast.For) -> bool:
     return any(leaves(node, inner=False) for node in loop.body) and contains(loop, loop.body[0])
 
 
-RULE = Rule("SES105", "provider-driven-by-hand", "on", judge)
+RULE = Rule("SES105", "provider-driven-by-hand", "on", judge, fix="unsafe")

@@ -37,10 +37,11 @@ Where the caller waits for the other thread and does not touch the session meanw
 """
 
 import ast
+import re
 from collections.abc import Iterator
 
 from sessionscope.check._escapes import Escape, escapes
-from sessionscope.check._facts import CallFact, Scope
+from sessionscope.check._facts import Binding, CallFact, Scope, position
 from sessionscope.check._finding import Confidence, Finding, Rule
 from sessionscope.check._model import Because, Model
 from sessionscope.check._orm import loads_object
@@ -65,8 +66,11 @@ _CALLS = (
     "Process",
     "Timer",
     "submit",
+    "map",
     "run_in_executor",
 )
+
+_OBJECT = re.compile(r"\.?\b(get|first|one|one_or_none|get_or_404|first_or_404)\([^()]*\)$")
 
 
 def judge(model: Model) -> Iterator[Finding]:
@@ -98,7 +102,7 @@ def _taken(model: Model, scope: Scope, call: CallFact) -> tuple[str, list[ast.ex
             return "a background task", nodes
         case "Thread" | "Process" | "Timer" if _is_thread(model.external(function, scope)):
             return "a thread", nodes
-        case "submit" if _is_pool(model, scope, function):
+        case "submit" | "map" if _is_pool(model, scope, function):
             return "a thread pool", nodes
         case "run_in_executor" if call.role != "await":
             return "a thread pool", nodes[1:]
@@ -158,14 +162,26 @@ def _objects(
     model: Model, scope: Scope, call: CallFact, where: str, nodes: list[ast.expr]
 ) -> Iterator[Finding]:
     """Mapped objects that were loaded through a session of this function."""
-    sessions = {path for path, _, value in model.session_uses(scope) if value.kind == "session"}
+    known = model.session_uses(scope)
+    sessions = {path for path, _, value in known if value.kind == "session"}
+    added = {
+        argument.id
+        for _, use, _ in known
+        if use.name == "add" and isinstance(use.node, ast.Call)
+        for argument in use.node.args
+        if isinstance(argument, ast.Name) and position(use.node) < position(call.node)
+    }
     for node in nodes:
         parts = node.elts if isinstance(node, ast.Tuple | ast.List) else [node]
         for part in parts:
             if not isinstance(part, ast.Name):
                 continue
             bindings = scope.bindings.get(part.id, [])
-            if any(loads_object(b, path) for b in bindings for path in sessions):
+            if (
+                part.id in added
+                or any(loads_object(b, path) for b in bindings for path in sessions)
+                or any(_queried(b) for b in bindings)
+            ):
                 yield model.finding(
                     RULE,
                     scope,
@@ -183,6 +199,13 @@ def _objects(
                     ],
                 )
                 return
+
+
+def _queried(binding: Binding) -> bool:
+    """``Post.query.get(1)`` of Flask-SQLAlchemy."""
+    text = ast.unparse(binding.value) if isinstance(binding.value, ast.Call) else ""
+    model, dot, rest = text.partition(".query.")
+    return bool(dot) and model.isidentifier() and model[:1].isupper() and bool(_OBJECT.search(rest))
 
 
 RULE = Rule("SES202", "session-to-background", "on", judge)

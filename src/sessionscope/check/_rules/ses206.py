@@ -36,10 +36,10 @@ Where no client relies on what the answer says.
 import ast
 from collections.abc import Iterator
 
-from sessionscope.check._facts import Scope, decorator_names, position
+from sessionscope.check._committing import late_commit
+from sessionscope.check._facts import Scope, decorator_names
 from sessionscope.check._finding import Finding, Rule
 from sessionscope.check._model import Because, Model
-from sessionscope.check._values import Value
 
 
 def judge(model: Model) -> Iterator[Finding]:
@@ -60,7 +60,7 @@ def judge(model: Model) -> Iterator[Finding]:
         ]
         if not uses or _is_not_fastapi(model, *uses[0]):
             continue
-        commit = _late_commit(model, scope)
+        commit = late_commit(model, scope)
         if commit is not None:
             yield _finding(model, scope, commit, uses)
 
@@ -74,37 +74,6 @@ def _function_scoped(call: ast.Call) -> bool:
 
 def _is_not_fastapi(model: Model, scope: Scope, call: ast.Call) -> bool:
     return not model.external(call.func, scope).startswith("fastapi")
-
-
-def _late_commit(model: Model, scope: Scope) -> ast.expr | None:
-    """Return the commit that happens when the generator goes on after its ``yield``."""
-    first = next((o for o in scope.yields if model.session(o.value, scope) is not None), None)
-    if first is None:
-        return None
-    for _, use, _ in model.session_uses(scope):
-        late = use.name == "commit" and position(use.node) > position(first.node)
-        if late and not any(b.kind == "except" for b in use.block.chain()):
-            return use.node
-    for block in first.block.chain():
-        if isinstance(block.node, ast.With | ast.AsyncWith):
-            for item in block.node.items:
-                if _commits(model, scope, item.context_expr):
-                    return item.context_expr
-    return None
-
-
-def _commits(model: Model, scope: Scope, node: ast.expr) -> bool:
-    """Return whether leaving the block over *node* commits."""
-    found = model.value(node, scope)
-    if found is None or found.kind != "manager":
-        return False
-    if found.name == "begin":
-        return "nested" not in ast.unparse(node)
-    return isinstance(found.target, Scope) and _commits_itself(model, found.target, found)
-
-
-def _commits_itself(model: Model, function: Scope, found: Value) -> bool:
-    return function.is_generator and _late_commit(model, function) is not None
 
 
 def _finding(

@@ -2,8 +2,9 @@
 
 ## What it does
 
-Flags an ``except`` around ``flush()``, ``commit()`` or ``execute()`` that neither rolls back, nor
-raises, nor leaves, with the session used afterwards; unless a savepoint stands around it.
+Flags an ``except`` around ``flush()``, ``commit()`` or ``execute()`` that neither rolls back nor
+raises, with the session used afterwards: in the function, by its caller, by another method of the
+object that holds it, or by the commit at the end of the block; unless a savepoint stands around it.
 
 ## Why it bites in production
 
@@ -40,7 +41,9 @@ from collections.abc import Iterator
 
 from sessionscope.check._facts import Block, Scope, Use, position, words
 from sessionscope.check._finding import Confidence, Finding, Rule
+from sessionscope.check._lifetime import goes_on
 from sessionscope.check._model import Because, Model, contains
+from sessionscope.check._values import Value
 
 _FAILS = frozenset(
     {
@@ -73,12 +76,13 @@ def judge(model: Model) -> Iterator[Finding]:
         uses = model.session_uses(scope)
         if uses:
             for node, block in scope.tries:
-                yield from _judge_try(model, scope, node, block, [(p, u) for p, u, _ in uses])
+                yield from _judge_try(model, scope, node, block, uses)
 
 
 def _judge_try(
-    model: Model, scope: Scope, node: ast.Try, block: Block, uses: list[tuple[str, Use]]
+    model: Model, scope: Scope, node: ast.Try, block: Block, known: list[tuple[str, Use, Value]]
 ) -> Iterator[Finding]:
+    uses = [(path, use) for path, use, _ in known]
     tried = [
         (path, use)
         for path, use in uses
@@ -94,13 +98,39 @@ def _judge_try(
         if (
             caught is None
             or _acts(handler, path)
+            or _calls_one_that_acts(model, scope, handler)
             or (caught in _BROAD and failing.name not in _WRITES and len(node.body) > 3)
         ):
             continue
         after = _used_after(scope, node, block, handler, path, uses)
         if after is not None:
-            yield _finding(model, scope, handler, path, failing, after, caught)
+            text = f"and `{path}` is used again in line {after.node.lineno}"
+            then = Because(scope, after.node, "and the session is used again here")
+            yield _finding(model, scope, handler, path, failing, caught, text, then)
             return
+        later = _left_behind(model, scope, node, path, failing, known)
+        if later is not None:
+            text = f"and whoever holds `{path}` goes on with it"
+            yield _finding(model, scope, handler, path, failing, caught, text, later)
+            return
+
+
+def _left_behind(
+    model: Model,
+    scope: Scope,
+    node: ast.Try,
+    path: str,
+    failing: Use,
+    known: list[tuple[str, Use, Value]],
+) -> Because | None:
+    """Return who goes on with the session after the function, unless it is ended here."""
+    end = position(node)
+    for other, use, _ in known:
+        if other == path and use.name in _ENDS and position(use.node) > end:
+            return None
+    value = next(value for _, use, value in known if use is failing)
+    wrote = failing.name in _WRITES
+    return goes_on(model, scope, path, failing, value, wrote=wrote)
 
 
 def _directly_in(block: Block, node: ast.Try) -> bool:
@@ -150,10 +180,29 @@ def _acts(handler: ast.ExceptHandler, path: str) -> bool:
             )
             if last in _ENDS or last in {"exit", "_exit", "abort", "fail", "skip"}:
                 return True
+            if last.lstrip("_").startswith(("handle_", "fail_", "abort_", "on_error")):
+                return True
             if "rollback" in last or "reset" in last or "close" in last or "raise" in last:
                 return True
             if any(ast.unparse(a) == path for a in node.args):
                 return True  # handed to someone who may well roll it back
+    return False
+
+
+def _calls_one_that_acts(model: Model, scope: Scope, handler: ast.ExceptHandler) -> bool:
+    """A function of the project that the handler calls rolls back, or raises for it."""
+    for call in scope.calls:
+        if contains(handler, call.node):
+            target = model.called(call.node, scope)
+            function = target.function if target is not None else None
+            if function is not None and (
+                (target is not None and target.raises)
+                or any(
+                    isinstance(node, ast.Attribute) and node.attr in _ENDS
+                    for node in ast.walk(function)
+                )
+            ):
+                return True
     return False
 
 
@@ -213,8 +262,9 @@ def _finding(
     handler: ast.ExceptHandler,
     path: str,
     failing: Use,
-    after: Use,
     caught: str,
+    then: str,
+    because: Because,
 ) -> Finding:
     awaited = any(call.node is failing.node and call.role == "await" for call in scope.calls)
     confidence: Confidence = "high" if caught in _ERRORS or failing.name in _WRITES else "medium"
@@ -223,13 +273,13 @@ def _finding(
         scope,
         failing.node,
         f"An error of `{path}.{failing.name}()` is swallowed in line {handler.lineno} without a "
-        f"rollback, and `{path}` is used again in line {after.node.lineno}: PendingRollbackError, "
+        f"rollback, {then}: PendingRollbackError, "
         "or a COMMIT that PostgreSQL answers with ROLLBACK. Roll back first, or use begin_nested()",
         confidence=confidence,
         because=[
             Because(scope, failing.node, "may fail here" + (", awaited" if awaited else "")),
             Because(scope, handler.body[0], "the error ends here"),
-            Because(scope, after.node, "and the session is used again here"),
+            because,
         ],
     )
 

@@ -1,0 +1,38 @@
+"""Where a unit of work commits although nobody says ``commit()`` there."""
+
+import ast
+
+from sessionscope.check._facts import Scope, position
+from sessionscope.check._model import Model
+from sessionscope.check._values import Value
+
+
+def late_commit(model: Model, scope: Scope) -> ast.expr | None:
+    """Return the commit that happens when the generator goes on after its ``yield``."""
+    first = next((o for o in scope.yields if model.session(o.value, scope) is not None), None)
+    if first is None:
+        return None
+    for _, use, _ in model.session_uses(scope):
+        late = use.name == "commit" and position(use.node) > position(first.node)
+        if late and not any(b.kind == "except" for b in use.block.chain()):
+            return use.node
+    for block in first.block.chain():
+        if isinstance(block.node, ast.With | ast.AsyncWith):
+            for item in block.node.items:
+                if commits_at_end(model, scope, item.context_expr):
+                    return item.context_expr
+    return None
+
+
+def commits_at_end(model: Model, scope: Scope, node: ast.expr) -> bool:
+    """Return whether leaving the block over *node* commits."""
+    found = model.value(node, scope)
+    if found is None or found.kind != "manager":
+        return False
+    if found.name == "begin":
+        return "nested" not in ast.unparse(node)
+    return isinstance(found.target, Scope) and _commits_itself(model, found.target, found)
+
+
+def _commits_itself(model: Model, function: Scope, found: Value) -> bool:
+    return function.is_generator and late_commit(model, function) is not None
