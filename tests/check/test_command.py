@@ -194,7 +194,7 @@ def test_json_is_the_documented_list(folder: Path, command: Command) -> None:
                 "text": "and still open when the function is left here",
             },
         ],
-        "fix": None,
+        "fix": {"applicability": "unsafe"},
     }
 
 
