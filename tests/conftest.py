@@ -11,7 +11,7 @@ from sqlalchemy import URL, Engine, create_engine, make_url, text
 from sqlalchemy.exc import OperationalError
 
 from sessionscope import AsyncDatabase, Database
-from sessionscope.testing import PostgresServer
+from sessionscope.testing import FaultProxy, PostgresServer
 from tests import async_drivers
 from tests.models import create_tables
 
@@ -121,6 +121,24 @@ def psycopg(postgres_url: str) -> Iterator[Database]:
     """A PostgreSQL Database with the tests' tables, through psycopg 3 alone."""
     with Database(postgres_url) as database:
         yield create_tables(database)
+
+
+@pytest.fixture
+def proxy(postgres_url: str) -> Iterator[FaultProxy]:
+    url = make_url(postgres_url)
+    assert url.host is not None
+    assert url.port is not None
+    with FaultProxy(url.host, url.port) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def behind(postgres_url: str, proxy: FaultProxy) -> Iterator[Database]:
+    """The same database behind the proxy."""
+    with Database(postgres_url) as database:
+        create_tables(database)
+    with Database(proxy.through(postgres_url)) as database:
+        yield database
 
 
 @pytest.fixture

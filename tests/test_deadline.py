@@ -1,35 +1,15 @@
 """One deadline for a unit of work: in the queue, while connecting, at statements, at the commit."""
 
 import threading
-from collections.abc import Iterator
 from time import monotonic
 
 import pytest
-from sqlalchemy import make_url, select, text
+from sqlalchemy import select, text
 
 from sessionscope import Database
 from sessionscope.exc import CommitUnknown, ConfigurationError, DeadlineExceeded
 from sessionscope.testing import FaultProxy
-from tests.models import Item, create_tables, names
-
-
-@pytest.fixture
-def proxy(postgres_url: str) -> Iterator[FaultProxy]:
-    url = make_url(postgres_url)
-    assert url.host is not None
-    assert url.port is not None
-    with FaultProxy(url.host, url.port) as proxy:
-        yield proxy
-
-
-@pytest.fixture
-def behind(postgres_url: str, proxy: FaultProxy) -> Iterator[Database]:
-    """The same database behind the proxy."""
-    with Database(postgres_url) as database:
-        create_tables(database)
-    with Database(proxy.through(postgres_url)) as database:
-        yield database
-
+from tests.models import Item, names
 
 SLEEP = {
     "postgresql": "SELECT pg_sleep(30)",
@@ -125,3 +105,12 @@ def test_a_timeout_that_is_none_is_refused(timeout: float) -> None:
         Database("sqlite://", timeout=timeout)
     with pytest.raises(ConfigurationError, match="timeout"):
         Database("sqlite://").begin(timeout=timeout)
+
+
+def test_the_server_does_not_say_so_first(psycopg: Database) -> None:
+    """It is told the limit, too; its own error would not be a DeadlineExceeded."""
+    sleep = text(SLEEP["postgresql"])
+    for _ in range(20):
+        with pytest.raises(DeadlineExceeded), psycopg.begin(timeout=0.03) as session:
+            session.execute(sleep)
+    assert psycopg.stats().in_use == 0

@@ -1,33 +1,12 @@
 """A COMMIT whose answer is lost: what became of it is found out, not guessed."""
 
-from collections.abc import Iterator
-
 import pytest
-from sqlalchemy import make_url
 from sqlalchemy.orm import Session
 
 from sessionscope import Database, after_commit
 from sessionscope.exc import CommitUnknown
 from sessionscope.testing import Fault, FaultProxy
-from tests.models import Item, create_tables, names
-
-
-@pytest.fixture
-def proxy(postgres_url: str) -> Iterator[FaultProxy]:
-    url = make_url(postgres_url)
-    assert url.host is not None
-    assert url.port is not None
-    with FaultProxy(url.host, url.port) as proxy:
-        yield proxy
-
-
-@pytest.fixture
-def behind(postgres_url: str, proxy: FaultProxy) -> Iterator[Database]:
-    """The same database behind the proxy."""
-    with Database(postgres_url) as database:
-        create_tables(database)
-    with Database(proxy.through(postgres_url)) as database:
-        yield database
+from tests.models import Item, names
 
 
 def add(session: Session, name: str) -> Item:

@@ -6,6 +6,9 @@ from time import monotonic
 from sessionscope._places import Place, describe
 from sessionscope.exc import DeadlineExceeded, Phase
 
+# Seconds by which the server ends a statement later than we do.
+_LATER = 0.05
+
 _WHERE: dict[Phase, str] = {
     "queue": "while it waited for a slot. Shorten the units of work, or allow more at once "
     "(pool_size, max_overflow)",
@@ -29,6 +32,11 @@ class Deadline:
     def remaining(self) -> float:
         """Seconds that are left, never less than none."""
         return max(0.0, self._at - monotonic())
+
+    @property
+    def for_server(self) -> float:
+        """Seconds to tell the server: a little more, as it is the second to say so."""
+        return self.remaining + _LATER
 
     @property
     def is_over(self) -> bool:

@@ -78,7 +78,7 @@ def begin(scope: Scope, connection: Connection) -> None:
     send = _BEGINS.get((connection.dialect.name, connection.dialect.driver))
     if send is None or scope.autocommit:
         return
-    limit = None if timer is None else max(1, int(timer.deadline.remaining * 1000))
+    limit = None if timer is None else max(1, int(timer.deadline.for_server * 1000))
     try:
         send(scope, connection.connection, limit)
     except BaseException:

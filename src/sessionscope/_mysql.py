@@ -24,7 +24,7 @@ def _executing(
     if deadline is None:
         return False
     is_mariadb = bool(getattr(context.dialect, "is_mariadb", False))
-    cursor.execute(limited(statement, deadline.remaining, is_mariadb=is_mariadb), parameters)
+    cursor.execute(limited(statement, deadline.for_server, is_mariadb=is_mariadb), parameters)
     return True
 
 
