@@ -12,7 +12,7 @@ _LATER = 0.05
 _WHERE: dict[Phase, str] = {
     "queue": "while it waited for a slot. Shorten the units of work, or allow more at once "
     "(pool_size, max_overflow)",
-    "connect": "while a connection was being opened. Is the server reachable?",
+    "connect": "while a connection was being opened. Check that the server is reachable",
     "query": "at a statement, which was cancelled. Look for what it waits for (locks, a full scan)",
     "commit": "before COMMIT was sent. Do less in the unit",
 }

@@ -17,7 +17,7 @@ from sqlalchemy.util.queue import Empty, Full, QueueCommon
 from sessionscope._backends import Backends
 from sessionscope._deadline import within
 from sessionscope._interrupt import interrupt
-from sessionscope.exc import PoolBusy
+from sessionscope.exc import DeadlineExceeded, PoolBusy
 
 
 class _Queue(QueueCommon[ConnectionPoolEntry]):
@@ -83,6 +83,8 @@ class _CountedPool(pool.Pool):
         discard = partial(self._close_connection, terminate=True)
         try:
             return self.backends.open(partial(self._connect, record), discard, self._patience)
+        except DeadlineExceeded:  # which is an OSError as well
+            raise
         except OSError as error:  # asyncpg's own, which SQLAlchemy does not know
             raise self._dialect.loaded_dbapi.OperationalError(str(error)) from error  # type: ignore[union-attr]
 

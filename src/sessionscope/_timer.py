@@ -10,6 +10,7 @@ that is late would hit the connection's next user.
 import asyncio
 import functools
 import heapq
+import logging
 import os
 import socket
 import threading
@@ -31,6 +32,8 @@ from sessionscope.exc import CommitUnknown, DeadlineExceeded, Phase, PoolBusy, S
 
 # Seconds for which a cancelled statement may take to end before its connection is cut.
 _GRACE = 0.05
+
+_log = logging.getLogger("sessionscope")
 # Units that have ended, after which their entries are dropped.
 _MANY = 1000
 
@@ -155,6 +158,11 @@ class Timer:
         self._task = asyncio.current_task() if self._is_async else None
         self.phase = phase
 
+    def check(self) -> None:
+        """Raise DeadlineExceeded if the time was over before the call began."""
+        if self.is_over and not self.cut:
+            raise self.error(self.phase or "query")
+
     def leave(self) -> None:
         """Note that the call has ended."""
         with self._lock:
@@ -260,7 +268,11 @@ class _Watchdog:
 
     def _run(self) -> None:
         while True:
-            self._next().expire()
+            timer = self._next()
+            try:
+                timer.expire()
+            except Exception:  # no thread could be started, for one: the others must not suffer
+                _log.exception("A unit of work could not be ended at its deadline")
 
     def _next(self) -> Timer:
         """Wait for the next deadline, and return whose it is."""
@@ -321,11 +333,12 @@ def _timed(method: Callable[..., Any], key: str) -> Callable[..., Any]:
         timer: Timer | None = self.info[key].timer
         if timer is None or timer.phase is not None:  # ended, or inside of a call of its own
             return method(self, *args, **kwargs)
-        if timer.is_over and name not in _ENDINGS:
-            raise timer.error(phase)
         token = current.set(timer.deadline)
         timer.enter(phase)
         try:
+            # Only now: a time that runs out from here on ends the call.
+            if name not in _ENDINGS:
+                timer.check()
             result = method(self, *args, **kwargs)
         except BaseException as error:
             told = timer.translate(error)
