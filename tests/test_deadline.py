@@ -114,3 +114,32 @@ def test_the_server_does_not_say_so_first(psycopg: Database) -> None:
         with pytest.raises(DeadlineExceeded), psycopg.begin(timeout=0.03) as session:
             session.execute(sleep)
     assert psycopg.stats().in_use == 0
+
+
+def test_a_deadline_reaches_no_connection_that_was_given_back(postgres_url: str) -> None:
+    """A commit inside of the unit gives it back, and another unit may have it by then."""
+    with (
+        Database(postgres_url, pool_size=1, max_overflow=0) as database,
+        database.begin(timeout=0.3) as session,
+    ):
+        session.execute(select(1))
+        session.commit()
+        with database.engine.begin() as other:  # the only connection there is
+            with pytest.raises(DeadlineExceeded) as error:
+                session.execute(select(1))
+            assert error.value.phase == "connect"
+            assert other.execute(select(1)).scalar() == 1
+
+
+def test_what_was_cut_is_not_given_back_by_a_rollback_of_ones_own(psycopg: Database) -> None:
+    """A cancellation that is late would hit its next user."""
+    with psycopg.begin() as session:
+        first = session.scalar(text("SELECT pg_backend_pid()"))
+    with pytest.raises(DeadlineExceeded), psycopg.begin(timeout=0.2) as session:
+        try:
+            session.execute(text("SELECT pg_sleep(30)"))
+        except DeadlineExceeded:
+            session.rollback()
+            raise
+    with psycopg.begin() as session:
+        assert session.scalar(text("SELECT pg_backend_pid()")) != first

@@ -1,9 +1,14 @@
 """A COMMIT whose answer is lost: what became of it is found out, not guessed."""
 
+from time import sleep
+
 import pytest
+from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 from sessionscope import Database, after_commit
+from sessionscope._identity import Identity
+from sessionscope._outcome import has_committed
 from sessionscope.exc import CommitUnknown
 from sessionscope.testing import Fault, FaultProxy
 from tests.models import Item, names
@@ -44,6 +49,19 @@ def test_a_commit_that_never_arrived_is_run_again(behind: Database, proxy: Fault
     assert names(behind) == ["pear"]
     assert called == ["stored"]
     assert behind.stats().retried == 1
+
+
+def test_another_server_or_timeline_does_not_answer_for_this_one(psycopg: Database) -> None:
+    """After a failover the same id may be another transaction's."""
+    with psycopg.begin() as session:
+        xid = session.scalar(text("SELECT pg_current_xact_id()::text::bigint"))
+    assert xid is not None
+    with psycopg.engine.connect() as connection:
+        query = Identity("", 0, 3).ask_outcome
+        _, server = connection.exec_driver_sql(query).one()
+    same, other = Identity(server, 0, xid), Identity(server[:-1] + "9", 0, xid)
+    assert has_committed(same, psycopg.engine, sleep, None) is True
+    assert has_committed(other, psycopg.engine, sleep, None) is None
 
 
 @pytest.mark.parametrize("fault", ["cut before", "cut after"])

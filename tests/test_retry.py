@@ -177,6 +177,29 @@ def test_a_mapped_argument_forbids_a_second_attempt(
     assert "pass its primary key" in error.value.__notes__[0]
 
 
+def test_an_iterator_forbids_a_second_attempt(psycopg: Database) -> None:
+    """The first attempt has consumed it: the second would store nothing, and say so of all."""
+
+    def store(session: Session, items: Any) -> None:
+        session.add_all([Item(name=name) for name in items])
+        session.flush()
+        fail(session)
+
+    with pytest.raises(OperationalError) as error:
+        psycopg.run(store, (name for name in ("pear", "plum")))
+    assert "an iterator" in error.value.__notes__[0]
+    assert psycopg.stats().retried == 0
+
+
+def test_two_phases_forbid_a_second_attempt(postgres_url: str) -> None:
+    work = Failing(times=9)
+    with Database(postgres_url, session_options={"twophase": True}) as database:
+        Item.metadata.create_all(database.engine)
+        with pytest.raises(OperationalError):
+            database.run(work)
+    assert len(work.sessions) == 1
+
+
 def test_a_mapped_object_behind_the_function_forbids_it_too(psycopg: Database) -> None:
     def change(session: Session, item: Item) -> None:
         fail(session)
@@ -325,6 +348,7 @@ class Refused(Exception):
         (Refused(sqlstate="40P01"), True),
         (Refused(sqlstate="57P01"), True),
         (Refused(sqlstate="08006"), True),
+        (Refused(sqlstate="08007"), False),
         # CockroachDB, as its documentation has them; not tried against a server.
         (Refused("restart transaction: TransactionRetryError", sqlstate="40001"), True),
         (Refused("result is ambiguous", sqlstate="40003"), False),
@@ -374,8 +398,13 @@ def test_a_storm_of_failures_ends_the_attempts() -> None:
 
 
 def test_a_session_whose_connection_was_lost_is_transient() -> None:
-    assert is_transient(PendingRollbackError("lost", code="8s2b"), "any")
-    assert not is_transient(PendingRollbackError("a flush failed", code="7s2a"), "any")
+    for code, again in (("8s2b", True), ("7s2a", False)):
+        doomed = TransactionDoomed("cannot commit")
+        doomed.__cause__ = PendingRollbackError("rolled back", code=code)
+        assert not is_transient(doomed, "ours")
+        mark(doomed, "ours")
+        assert is_transient(doomed, "ours") is again
+        assert not is_transient(doomed, "another")
 
 
 def in_threads(count: int, work: Callable[[], object]) -> list[BaseException]:

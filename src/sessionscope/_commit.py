@@ -12,7 +12,7 @@ from typing import Any
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.engine.interfaces import ExceptionContext
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
-from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
+from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection, StaticPool
 
 from sessionscope._doom import (
     IN_FAILED_TRANSACTION,
@@ -44,6 +44,7 @@ _Suspect = tuple[str | None, BaseException]
 def verify_commits(engine: Engine, database: str) -> None:
     """Make COMMIT on *engine* raise TransactionDoomed where it would not commit."""
     dialect = engine.dialect
+    kept = isinstance(engine.pool, StaticPool)  # the one of a database in memory
     is_doomed = doom_check(dialect.name, dialect.driver)
     send_commit = dialect.do_commit
     send_begin = dialect.do_begin
@@ -67,6 +68,8 @@ def verify_commits(engine: Engine, database: str) -> None:
         del info[_COMMITTING]
         if scope is not None:
             scope.has_committed = True
+            if scope.timer is not None:
+                scope.timer.confirm()
 
     def do_begin(proxied: PoolProxiedConnection) -> None:
         send_begin(proxied)
@@ -87,6 +90,9 @@ def verify_commits(engine: Engine, database: str) -> None:
 
     def returned(dbapi_connection: object, record: ConnectionPoolEntry) -> None:
         info = record.info
+        scope: Scope | None = info.get(UNIT)
+        if scope is not None and scope.timer is not None and scope.timer.release() and not kept:
+            record.invalidate()  # a cancellation that is late would hit its next user
         for key in _OF_ONE_USER:
             if key in info:  # a third of the price of pop()
                 del info[key]

@@ -131,9 +131,14 @@ def leave(scope: Scope) -> None:
     scope.owner = None
 
 
+def _live_sessions() -> list[Session]:
+    # values() runs Python code in between, and other threads make sessions.
+    return [session for each in _sessions.valuerefs() if (session := each()) is not None]
+
+
 def open_scopes(owner: object) -> list[Scope]:
     """Return the units of *owner* that have begun and not ended."""
-    scopes = [session.info.get(UNIT) for session in list(_sessions.values())]
+    scopes = [session.info.get(UNIT) for session in _live_sessions()]
     return [
         scope for scope in scopes if scope is not None and scope.owner is owner and not scope.ended
     ]
@@ -211,7 +216,7 @@ def _refuse_flush(session: Session, context: object, instances: Sequence[object]
 
 def _leave_all_to_parent() -> None:
     """In a forked child, refuse the sessions that use connections of the parent."""
-    for session in list(_sessions.values()):
+    for session in _live_sessions():
         scope: Scope | None = session.info.get(UNIT)
         if scope is not None and not scope.ended:
             scope.left = scope.ended = scope.forked = True

@@ -27,10 +27,13 @@ _SAYS_ID = "sessionscope transaction "
 
 # An id means something on its server and timeline only: after a failover another
 # transaction may have it. On a standby there is none to be had.
+# The timeline is that of the log: that of the last checkpoint is behind after a promotion.
 _WHICH_SERVER = (
-    "SELECT system_identifier || '/' || timeline_id FROM pg_control_system(), "
-    "pg_control_checkpoint() WHERE NOT pg_is_in_recovery() "
-    "AND EXISTS (SELECT FROM pg_language WHERE lanname = 'plpgsql')"
+    "SELECT CASE WHEN NOT pg_is_in_recovery() AND to_regproc('pg_current_xact_id') IS NOT NULL "
+    "AND EXISTS (SELECT FROM pg_language "
+    "WHERE lanname = 'plpgsql' AND has_language_privilege(oid, 'USAGE')) "
+    "THEN system_identifier || '/' || substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8) END "
+    "FROM pg_control_system()"
 )
 _ID = "SELECT pg_current_xact_id()"
 _ID_SO_FAR = "SELECT pg_current_xact_id_if_assigned()"
@@ -187,7 +190,8 @@ def _value(result: Any) -> str | None:
     """Return the first value of a result that has one."""
     if result is None or result.status != _PGRES_TUPLES_OK or not result.ntuples:
         return None
-    return str(result.get_value(0, 0).decode())
+    value: bytes | None = result.get_value(0, 0)
+    return None if value is None else value.decode()
 
 
 def _with_asyncpg(scope: Scope, proxied: PoolProxiedConnection, limit: int | None) -> None:

@@ -53,7 +53,7 @@ def _ask(
         ):
             timer.use(connection)
             row = connection.exec_driver_sql(identity.ask_outcome).first()
-            if row is None:  # a standby, so far
+            if row is None or row[1] is None:  # a standby, so far
                 return None, None
             if row[0] == "in progress" and end:
                 connection.exec_driver_sql(identity.end_backend)

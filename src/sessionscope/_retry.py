@@ -6,7 +6,7 @@ before COMMIT. Retrying a statement or a COMMIT alone would lose what the unit h
 """
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from time import monotonic
@@ -23,8 +23,9 @@ from sessionscope.exc import ConfigurationError, DatabaseUnavailable, Transactio
 # serialization_failure and deadlock_detected. CockroachDB has 40001 for all its restarts, and
 # 40003 (statement_completion_unknown) for those that may have committed: that one is not here.
 _SQLSTATES = {"40001", "40P01"}
-# admin_shutdown, crash_shutdown, cannot_connect_now.
-_LOST_SQLSTATES = {"57P01", "57P02", "57P03"}
+# admin_shutdown, crash_shutdown, cannot_connect_now, and of class 08 those after which nothing
+# can have been committed: 08007 is transaction_resolution_unknown.
+_LOST_SQLSTATES = {"57P01", "57P02", "57P03", "08000", "08001", "08003", "08004", "08006"}
 # ER_LOCK_DEADLOCK, ER_LOCK_WAIT_TIMEOUT, ER_CHECKREAD (MariaDB's snapshot isolation), and Galera's
 # ER_UNKNOWN_COM_ERROR: the node is not ready.
 _MYSQL_CODES = {1213, 1205, 1020, 1047}
@@ -130,13 +131,8 @@ class Attempts:
         pause = random.uniform(0.0, self._longest_pause)  # noqa: S311  # spreads load, guards nothing
         if self.deadline is not None and self.deadline.remaining <= pause:
             return None
-        if (mapped := _mapped_argument(self._call)) is not None:
-            _add_note(
-                error,
-                f"It was not run again, because one of its arguments is a mapped {mapped}, to "
-                "which a second attempt would apply its changes twice: pass its primary key, and "
-                "session.get() it inside",
-            )
+        if (why := _what_forbids(self._call)) is not None:
+            _add_note(error, f"It was not run again, because one of its arguments is {why}")
             return None
         if not self._budget.withdraw():
             _add_note(error, "It was not run again: too many units of work fail at the moment")
@@ -183,9 +179,10 @@ def is_transient(error: BaseException | None, database: str) -> bool:
     seen its COMMIT.
     """
     if isinstance(error, TransactionDoomed):  # what dooms it was swallowed
-        return is_transient(error.__cause__, database)
-    if isinstance(error, PendingRollbackError):  # of the connection, not of a flush
-        return error.code == _INVALID
+        cause = error.__cause__
+        if isinstance(cause, PendingRollbackError):  # of the connection, not of a flush
+            return cause.code == _INVALID and error.__dict__.get(_DATABASE) is database
+        return is_transient(cause, database)
     if not isinstance(error, DBAPIError) or error.__dict__.get(_DATABASE) is not database:
         return False
     if isinstance(error, DatabaseUnavailable):
@@ -194,7 +191,7 @@ def is_transient(error: BaseException | None, database: str) -> bool:
         return True
     sqlstate = sqlstate_of(error.orig)
     if sqlstate is not None:
-        return sqlstate in _SQLSTATES | _LOST_SQLSTATES or sqlstate.startswith("08")
+        return sqlstate in _SQLSTATES | _LOST_SQLSTATES
     if is_busy(error.orig):
         return True
     return code_of(error.orig) in _MYSQL_CODES
@@ -217,11 +214,16 @@ def sqlstate_of(error: BaseException | None) -> str | None:
     return sqlstate
 
 
-def _mapped_argument(call: Call) -> str | None:
-    """Return the class of the first mapped object among the arguments, or inside of them."""
+def _what_forbids(call: Call) -> str | None:
+    """Return which argument, or part of one, a second attempt would not find as it was."""
     for argument in _inside(call, depth=3):
+        if isinstance(argument, Iterator | AsyncIterator):
+            return "an iterator, which the first attempt has consumed: pass a list"
         with suppress(UnmappedInstanceError):
-            return str(object_mapper(argument).class_.__name__)
+            return (
+                f"a mapped {object_mapper(argument).class_.__name__}, to which a second attempt "
+                "would apply its changes twice: pass its primary key, and session.get() it inside"
+            )
     return None
 
 

@@ -106,7 +106,8 @@ class Source(Generic[SessionT]):
         return Attempts(
             call,
             self.name,
-            limit=limit,
+            # Whether a lost COMMIT PREPARED has happened is not found out here.
+            limit=1 if self._two_phase else limit,
             patience=self.options.pool_timeout,
             budget=self._budget,
             deadline=deadline,

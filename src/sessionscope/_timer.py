@@ -69,6 +69,7 @@ class Timer:
         "_lock",
         "_task",
         "committing",
+        "confirmed",
         "cut",
         "deadline",
         "phase",
@@ -79,6 +80,7 @@ class Timer:
         self.deadline = deadline
         self.phase: Phase | None = None  # inside of which kind of call the unit is
         self.committing = False  # COMMIT was sent, and its answer has not come
+        self.confirmed = False  # its answer has come, and the call is about to end
         self.cut = False  # what the unit waited for was ended, and its connection with it
         self.why: SessionScopeError | None = None  # the time is over: what the unit is told
         self._ended = False
@@ -119,6 +121,16 @@ class Timer:
                 return
         raise self.error("commit")
 
+    def confirm(self) -> None:
+        """Note that COMMIT was answered: nothing is left to end."""
+        with self._lock:
+            self.committing, self.confirmed = False, True
+
+    def release(self) -> bool:
+        """Note that the connection goes back; return whether no one may use it any more."""
+        self._drop_line()
+        return self.cut
+
     def end(self) -> None:
         """Note that the unit has ended."""
         with self._lock:
@@ -132,7 +144,7 @@ class Timer:
     def expire(self, why: SessionScopeError | None = None) -> None:
         """End what the unit waits for, if it does, and refuse whatever it would still do."""
         with self._lock:
-            if self._ended or self.cut:
+            if self._ended or self.cut or self.confirmed:
                 return
             self.why = why
             if self.phase is None:
@@ -167,7 +179,7 @@ class Timer:
         """Note that the call has ended."""
         with self._lock:
             self.phase = None
-            self.committing = False
+            self.committing = self.confirmed = False
             self._task = None
             left = self._left
         if left is not None:

@@ -18,7 +18,7 @@ from sessionscope._guards import Scope
 from sessionscope._interrupt import cut
 from sessionscope._options import check_isolation_level, check_timeout
 from sessionscope._places import Place, caller, describe
-from sessionscope._retry import Attempts
+from sessionscope._retry import Attempts, mark
 from sessionscope._source import SessionT, Source
 from sessionscope._timer import Timer
 from sessionscope._watch import UNIT
@@ -399,7 +399,9 @@ class Unit(Generic[SessionT]):
         if isinstance(error, CommitUnknown):
             return self._source.resolve(error, self._scope)
         if isinstance(error, PendingRollbackError) and not isinstance(error, TransactionDoomed):
-            return self._doomed(error)
+            doomed = self._doomed(error)
+            mark(doomed, self._source.name)
+            return doomed
         return error
 
     def _run_due(self) -> bool:
