@@ -424,3 +424,21 @@ def in_threads(count: int, work: Callable[[], object]) -> list[BaseException]:
     for thread in threads:
         thread.join()
     return errors
+
+
+def test_what_is_wrong_is_said_where_it_is_written() -> None:
+    """At the decorator, not at the first call."""
+    with pytest.raises(ConfigurationError, match="isolation_level="):
+        Database("sqlite://").with_session(isolation_level="SNAPSHOT")
+
+
+def test_a_thousand_attempts_do_not_overflow_the_pause() -> None:
+    attempts = Attempts(
+        (print, (), {}), "ours", limit=5000, patience=1, budget=Budget(), deadline=None
+    )
+    attempts.number = 2000
+    error = OperationalError("SELECT 1", {}, Refused(sqlstate="40001"))
+    mark(error, "ours")
+    assert attempts.judge(error)
+    assert attempts.pause is not None
+    assert attempts.pause <= 1

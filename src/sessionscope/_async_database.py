@@ -16,7 +16,13 @@ from sqlalchemy.util import greenlet_spawn
 from sessionscope._async_source import AsyncSessionT, AsyncSource, create_engine
 from sessionscope._credentials import Credentials
 from sessionscope._entry import async_entry_point, finished, is_async
-from sessionscope._options import Options, check_timeout, read_url, url_from_env
+from sessionscope._options import (
+    Options,
+    check_isolation_level,
+    check_timeout,
+    read_url,
+    url_from_env,
+)
 from sessionscope._places import caller, place_of
 from sessionscope._retry import ATTEMPTS, check_attempts
 from sessionscope._source import CUTTING_SECONDS
@@ -237,6 +243,7 @@ class AsyncDatabase(Generic[AsyncSessionT]):
                 independent=independent,
             )
 
+        check_isolation_level(isolation_level)
         check_timeout(timeout)
         check_attempts(attempts)
 

@@ -16,6 +16,7 @@ from sqlalchemy.util import await_only
 from typing_extensions import TypeVar
 
 from sessionscope._guards import Scope
+from sessionscope._signal import call_soon
 from sessionscope._source import Source
 from sessionscope._timer import timed
 from sessionscope._watch import UNIT
@@ -76,9 +77,9 @@ class AsyncSource(Source[AsyncSessionT]):
         return found
 
     def _cut_off(self, scope: Scope) -> None:
-        """Cancel the task that holds the unit, on whose event loop this is called."""
+        """Cancel the task that holds the unit, on whichever event loop that is."""
         if scope.task is not None:
-            scope.task.cancel()
+            call_soon(scope.task.get_loop(), scope.task.cancel)
 
     def sleep(self, seconds: float) -> None:
         """Wait while another task leaves a session."""

@@ -44,7 +44,6 @@ _Suspect = tuple[str | None, BaseException]
 def verify_commits(engine: Engine, database: str) -> None:
     """Make COMMIT on *engine* raise TransactionDoomed where it would not commit."""
     dialect = engine.dialect
-    kept = isinstance(engine.pool, StaticPool)  # the one of a database in memory
     is_doomed = doom_check(dialect.name, dialect.driver)
     send_commit = dialect.do_commit
     send_begin = dialect.do_begin
@@ -80,6 +79,19 @@ def verify_commits(engine: Engine, database: str) -> None:
         # What failed inside of the savepoint is undone, and not to blame for what fails later.
         connection.connection.info.pop(SUSPECT, None)
 
+    # Any listener on an Engine makes each Connection build a dispatcher for every
+    # event that it passes, which costs a read unit a third of its instructions.
+    dialect.do_commit = do_commit  # type: ignore[method-assign, assignment]  # as a subclass would
+    if dialect.name in ("mysql", "mariadb"):
+        dialect.do_begin = do_begin  # type: ignore[method-assign, assignment]  # likewise
+    dialect.do_rollback_to_savepoint = do_rollback_to_savepoint  # type: ignore[method-assign]  # likewise
+    _listen(engine, database)
+
+
+def _listen(engine: Engine, database: str) -> None:
+    """Note what fails on *engine*, and leave nothing of one user to the next."""
+    kept = isinstance(engine.pool, StaticPool)  # the connection of a database in memory
+
     def failed(context: ExceptionContext) -> BaseException | None:
         note = _unavailable if context.connection is None else _note_failure
         error = note(context, database)
@@ -97,12 +109,6 @@ def verify_commits(engine: Engine, database: str) -> None:
             if key in info:  # a third of the price of pop()
                 del info[key]
 
-    # Any listener on an Engine makes each Connection build a dispatcher for every
-    # event that it passes, which costs a read unit a third of its instructions.
-    dialect.do_commit = do_commit  # type: ignore[method-assign, assignment]  # as a subclass would
-    if dialect.name in ("mysql", "mariadb"):
-        dialect.do_begin = do_begin  # type: ignore[method-assign, assignment]  # likewise
-    dialect.do_rollback_to_savepoint = do_rollback_to_savepoint  # type: ignore[method-assign]  # likewise
     event.listen(engine, "handle_error", failed)
     event.listen(engine, "checkin", returned)
 

@@ -13,7 +13,13 @@ from typing_extensions import TypeVar as TypeVarWithDefault
 
 from sessionscope._credentials import Credentials
 from sessionscope._entry import entry_point, finished
-from sessionscope._options import Options, check_timeout, read_url, url_from_env
+from sessionscope._options import (
+    Options,
+    check_isolation_level,
+    check_timeout,
+    read_url,
+    url_from_env,
+)
 from sessionscope._places import caller, place_of
 from sessionscope._retry import ATTEMPTS, check_attempts
 from sessionscope._source import CUTTING_SECONDS, Source
@@ -190,9 +196,11 @@ class Database(Generic[SessionT]):
         waited for, ``pool_timeout`` seconds at most. So *fn* must do nothing outside
         of its session that may not be done twice: that is for ``after_commit()``, whose hooks
         are dropped with a failed attempt. A COMMIT whose answer was lost is looked up on
-        PostgreSQL (``pg_xact_status()``, for no round trip more): done, or run again. Not run
-        again: what has committed once, what got a mapped object as an argument,
-        and what fails with CommitUnknown or with another database's error.
+        PostgreSQL (``pg_xact_status()``): done, or run again. For that each writing unit takes a
+        transaction id at its BEGIN, for no round trip more (psycopg2: one before COMMIT; each
+        new connection: one): for what only reads, write ``with_session(read_only=True)``.
+        Not run again: what has committed once, what got a mapped object or an iterator as
+        an argument, and what fails with CommitUnknown or with another database's error.
 
         Raises what *fn* raises, and what ``begin()`` raises: the last error, as it is.
         """
@@ -229,6 +237,7 @@ class Database(Generic[SessionT]):
                 independent=independent,
             )
 
+        check_isolation_level(isolation_level)
         check_timeout(timeout)
         check_attempts(attempts)
 

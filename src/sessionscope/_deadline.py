@@ -13,7 +13,8 @@ _WHERE: dict[Phase, str] = {
     "queue": "while it waited for a slot. Shorten the units of work, or allow more at once "
     "(pool_size, max_overflow)",
     "connect": "while a connection was being opened. Check that the server is reachable",
-    "query": "at a statement, which was cancelled. Look for what it waits for (locks, a full scan)",
+    "query": "at a statement, which was cancelled, or not sent any more. Look for what takes so "
+    "long (locks, a full scan, or work beside the database)",
     "commit": "before COMMIT was sent. Do less in the unit",
 }
 

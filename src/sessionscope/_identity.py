@@ -75,6 +75,7 @@ def begin(scope: Scope, connection: Connection) -> None:
 
     Where nothing can be sent with BEGIN, or that fails, the driver begins as ever.
     """
+    scope.identity = None  # that of an earlier transaction of the unit
     timer = scope.timer
     if timer is not None:
         timer.use(connection)
@@ -113,13 +114,15 @@ def _with_psycopg2(scope: Scope, proxied: PoolProxiedConnection, limit: int | No
         return
 
     def ask() -> str | None:
-        driver.autocommit = True
-        try:
-            return _fetch(driver, _WHICH_SERVER)
-        except Exception:  # what only speaks PostgreSQL's protocol has no such functions
-            return None
-        finally:
-            driver.autocommit = False
+        # What only speaks PostgreSQL's protocol has no such functions; if the connection is
+        # lost, the next statement says so.
+        with suppress(Exception):
+            driver.autocommit = True
+            try:
+                return _fetch(driver, _WHICH_SERVER)
+            finally:
+                driver.autocommit = False
+        return None
 
     scope.identity = _identity(scope, proxied, driver.info.backend_pid, ask)
 
@@ -142,7 +145,7 @@ def _identity(
     scope: Scope, proxied: PoolProxiedConnection, backend: int, ask: Callable[[], str | None]
 ) -> Identity | None:
     """Return what is known of the transaction before it begins; a server is asked once."""
-    if not scope.may_run_again:
+    if not scope.may_run_again or scope.read_only:  # nothing of it is ever committed
         return None
     info = proxied.info
     if _SERVER not in info:
@@ -228,7 +231,7 @@ def let_ride(engine: Engine) -> None:
 
 
 def _with_riders(connection_class: type[Any]) -> type[Any]:
-
+    """Return a class of connections whose BEGIN takes along what a unit has for it."""
     parent: Any = connection_class
 
     class Connection(parent):  # type: ignore[misc]  # asyncpg's, or the user's

@@ -52,11 +52,15 @@ def _ask(
             engine.connect() as connection,
         ):
             timer.use(connection)
-            row = connection.exec_driver_sql(identity.ask_outcome).first()
-            if row is None or row[1] is None:  # a standby, so far
-                return None, None
-            if row[0] == "in progress" and end:
-                connection.exec_driver_sql(identity.end_backend)
-            return row[0], row[1]
+            try:
+                row = connection.exec_driver_sql(identity.ask_outcome).first()
+                if row is None or row[1] is None:  # a standby, so far
+                    return None, None
+                if row[0] == "in progress" and end:
+                    connection.exec_driver_sql(identity.end_backend)
+                return row[0], row[1]
+            finally:
+                if timer.cut:  # a cancellation that is late would hit its next user
+                    connection.invalidate()
     except (sa_exc.DBAPIError, sa_exc.TimeoutError, DeadlineExceeded):
         return None, None

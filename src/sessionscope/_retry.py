@@ -143,7 +143,7 @@ class Attempts:
     def _longest_pause(self) -> float:
         # Full jitter. Those who are in each other's way need as long as they take to pass.
         first = max(_FIRST_PAUSE, 2 * (monotonic() - self._attempt_began))
-        return min(_LONGEST_PAUSE, first * 2.0 ** (self.number - 1))
+        return min(_LONGEST_PAUSE, first * 2.0 ** min(self.number - 1, 20))
 
     def _has_another(self, error: BaseException) -> bool:
         if isinstance(error, DatabaseUnavailable):

@@ -79,7 +79,7 @@ def _prepare(engine: Engine, *, begin: str | None, wal: bool) -> None:
             return
         dbapi_connection: Any = proxied.dbapi_connection
         if (deadline := current.get()) is not None:
-            info[_PATIENCE] = _wait_for_writers(dbapi_connection, deadline.remaining)
+            info[_PATIENCE] = _wait_for_writers(dbapi_connection, deadline.for_server)
         dbapi_connection.execute(statement)
         info[BEGAN] = True
         if _QUERY_ONLY in info:

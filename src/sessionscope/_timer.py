@@ -28,7 +28,7 @@ from sessionscope._deadline import Deadline, current
 from sessionscope._interrupt import interrupt
 from sessionscope._overlap import METHODS
 from sessionscope._retry import code_of, is_busy, sqlstate_of
-from sessionscope.exc import CommitUnknown, DeadlineExceeded, Phase, PoolBusy, SessionScopeError
+from sessionscope.exc import CommitUnknown, DeadlineExceeded, Phase, PoolBusy
 
 # Seconds for which a cancelled statement may take to end before its connection is cut.
 _GRACE = 0.05
@@ -82,7 +82,7 @@ class Timer:
         self.committing = False  # COMMIT was sent, and its answer has not come
         self.confirmed = False  # its answer has come, and the call is about to end
         self.cut = False  # what the unit waited for was ended, and its connection with it
-        self.why: SessionScopeError | None = None  # the time is over: what the unit is told
+        self.why: DeadlineExceeded | None = None  # what was ended is told this
         self._ended = False
         self._lock = threading.Lock()
         self._line: _Line | None = None
@@ -141,17 +141,12 @@ class Timer:
             _watchdog.forget_one()
         self._drop_line()
 
-    def expire(self, why: SessionScopeError | None = None) -> None:
+    def expire(self) -> None:
         """End what the unit waits for, if it does, and refuse whatever it would still do."""
         with self._lock:
-            if self._ended or self.cut or self.confirmed:
+            if self._ended or self.cut or self.confirmed or self.phase is None:
                 return
-            self.why = why
-            if self.phase is None:
-                return
-            self.why = why or self.deadline.exceeded(
-                "connect" if self._line is None else self.phase
-            )
+            self.why = self.deadline.exceeded("connect" if self._line is None else self.phase)
             self.cut = True
             self._left = threading.Event()
             if self._task is not None and not self.committing:
@@ -161,7 +156,7 @@ class Timer:
         # Not here: it may take as long as the server likes.
         threading.Thread(target=self._break, name="sessionscope-cut", daemon=True).start()
 
-    def error(self, phase: Phase) -> SessionScopeError:
+    def error(self, phase: Phase) -> DeadlineExceeded:
         """Return what the unit is told whose time is over."""
         return self.why or self.deadline.exceeded(phase)
 
@@ -262,7 +257,7 @@ class _Watchdog:
             if 2 * self._ended > len(self._heap):
                 self._heap = [entry for entry in self._heap if not entry[2].has_ended]
                 heapq.heapify(self._heap)
-            self._ended = 0
+                self._ended = 0
 
     def watch(self, timer: Timer) -> None:
         """Call the timer's expire() when its time is over."""
@@ -271,10 +266,11 @@ class _Watchdog:
             entry = (monotonic() + timer.deadline.remaining, self._count, timer)
             heapq.heappush(self._heap, entry)
             if self._thread is None:
-                self._thread = threading.Thread(
+                thread = threading.Thread(
                     target=self._run, name="sessionscope-deadlines", daemon=True
                 )
-                self._thread.start()
+                thread.start()
+                self._thread = thread  # not before: if it cannot start, the next unit tries again
             elif self._heap[0] is entry:
                 self._changed.notify()
 

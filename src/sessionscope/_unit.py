@@ -478,11 +478,13 @@ class Unit(Generic[SessionT]):
     def _cut_off(self) -> None:
         """Let the server roll back by closing the connection, which may answer too late."""
         connection = self._scope.connection
-        if connection is None or self._source.options.is_memory:
-            self._plain.rollback()
-            return
-        with suppress(Exception):
-            connection.invalidate()
+        try:
+            if connection is None or self._source.options.is_memory:
+                self._plain.rollback()
+            else:
+                connection.invalidate()
+        except Exception:
+            self._log_failure("rollback()")
 
     def _open(self, started: float) -> None:
         self._is_open = True

@@ -69,7 +69,7 @@ class FaultProxy:
 
     def close(self) -> None:
         """Cut all connections and stop listening."""
-        self._server.close()
+        self._do(self._server.close)
         self.cut()
         self._run(self._finish())
         self._loop.call_soon_threadsafe(self._loop.stop)
