@@ -145,7 +145,10 @@ async def _miscounted(database: AsyncDatabase[AsyncSession]) -> list[str]:
 
 
 _CONNECTIONS = {
-    "postgresql": text("SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"),
+    "postgresql": text(
+        "SELECT count(*) FROM pg_stat_activity "
+        "WHERE datname = current_database() AND backend_type = 'client backend'"
+    ),
     "mysql": text("SELECT count(*) FROM information_schema.processlist WHERE db = DATABASE()"),
 }
 

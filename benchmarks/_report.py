@@ -5,23 +5,16 @@ import os
 import platform
 import re
 import statistics
+import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-PACKAGES = (
-    "sessionscope",
-    "SQLAlchemy",
-    "psycopg",
-    "asyncpg",
-    "fastapi",
-    "starlette",
-    "anyio",
-    "uvicorn",
-)
+PACKAGES = ("SQLAlchemy", "psycopg", "asyncpg", "fastapi", "starlette", "anyio", "uvicorn")
 
 
 @dataclass(frozen=True)
@@ -163,9 +156,20 @@ def machine() -> dict[str, str]:
         "processor": _processor(),
         "cores": str(os.cpu_count()),
         "load": " ".join(f"{load:.1f}" for load in os.getloadavg()),
+        "sessionscope": _commit(),
         "python": platform.python_version(),
         **{name: _version(name) for name in PACKAGES},
     }
+
+
+def _commit() -> str:
+    """Return the commit that is measured, for src has no other version."""
+    command = ["git", "describe", "--always", "--dirty"]
+    with suppress(FileNotFoundError):
+        told = subprocess.run(command, check=False, capture_output=True, text=True)
+        if told.returncode == 0:
+            return told.stdout.strip()
+    return "of no commit"
 
 
 def _processor() -> str:

@@ -1,10 +1,15 @@
-"""Processor time of one asynchronous unit of work on PostgreSQL, against plain SQLAlchemy.
+"""What one asynchronous unit of work on PostgreSQL costs the processor, against plain SQLAlchemy.
 
 The server runs in processes of its own, so that what is taken is the client's alone. Both
-variants of a pair run on one event loop, in alternating rounds.
+variants of a pair run on one event loop, in alternating rounds. Processor time is noisy, so the
+instructions are counted as well, as for synchronous units, where valgrind is there.
 """
 
 import asyncio
+import gc
+import os
+import shutil
+import sys
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
@@ -19,12 +24,14 @@ from sqlalchemy.ext.asyncio import (
 )
 from sqlalchemy.orm import Session
 
+from benchmarks._callgrind import count
 from benchmarks._model import FIRST, Item
 from benchmarks._postgres import empty_database, text
 from benchmarks._report import Figure, Report, Table, ratios
 
 DRIVERS = ("asyncpg", "psycopg")
 WARM_UP = 50
+COUNTED = 100
 
 Work = Callable[[], Awaitable[object]]
 _Context = AbstractAsyncContextManager[AsyncSession]
@@ -57,8 +64,22 @@ def run(*, url: str | None, short: bool) -> Report:
                     ratio, our, their = ratios(ours, theirs, rounds)
                     report.figures.append(Figure.spread(name, ratio, at_most=pair.at_most))
                     table.rows.append([name, f"{our.median:.0f}", f"{their.median:.0f}"])
-    report.tables.append(table)
+            if shutil.which("valgrind") and not short:
+                report.tables.append(_counted(driver, address))
+    report.tables.insert(0, table)
     return report
+
+
+def _counted(driver: str, address: str) -> Table:
+    """Count the instructions of each variant of each pair."""
+    table = Table(f"{driver}: thousand instructions per unit", ["unit", "ours", "theirs", "ratio"])
+    names = [name for name, *_ in _PAIRS]
+    program = [sys.executable, "-m", "benchmarks.async_units", address]
+    parts = count(program, 2 * len(names))
+    for name, ours, theirs in zip(names, parts[::2], parts[1::2], strict=True):
+        cells = (f"{part / COUNTED / 1e3:.0f}" for part in (ours, theirs))
+        table.rows.append([name, *cells, f"{ours / theirs:.3f}"])
+    return table
 
 
 class Units:
@@ -91,17 +112,42 @@ class Units:
         write = self._database.begin
         ours_read = partial(_read, partial(write, read_only=True))
         ours_run = partial(self._database.run, _add)
-        pairs = [
-            Pair("read / begin()", ours_read, partial(_read, self._begin), 0.65),
-            Pair("read / AUTOCOMMIT", ours_read, partial(_read, self._autocommit), 1.0),
-            Pair("INSERT / begin()", partial(_insert, write), partial(_insert, self._begin), 1.02),
-            Pair("INSERT by run() / begin()", ours_run, partial(_insert, self._begin), 0.96),
+        works = [
+            (ours_read, partial(_read, self._begin)),
+            (ours_read, partial(_read, self._autocommit)),
+            (partial(_insert, write), partial(_insert, self._begin)),
+            (ours_run, partial(_insert, self._begin)),
         ]
-        return pairs if is_asyncpg else [pair._replace(at_most=None) for pair in pairs]
+        return [
+            Pair(name, ours, theirs, at_most if is_asyncpg else None)
+            for (name, at_most), (ours, theirs) in zip(_PAIRS, works, strict=True)
+        ]
+
+    def counted(self, work: Work) -> None:
+        """Run some units between two marks for callgrind."""
+        self._runner.run(_between_marks(work))
 
     def microseconds(self, work: Work, units: int) -> float:
         """Return the processor time of one unit."""
         return self._runner.run(_time(work, units))
+
+
+_PAIRS = (
+    ("read / begin()", 0.65),
+    ("read / AUTOCOMMIT", 1.0),
+    ("INSERT / begin()", 1.02),
+    ("INSERT by run() / begin()", 0.96),
+)
+
+
+def _count(address: str) -> None:
+    """Run what callgrind counts: each variant of each pair between two marks."""
+    with Units(address) as compared:
+        for pair in compared.pairs(is_asyncpg=True):
+            for work in (pair.ours, pair.theirs):
+                compared.microseconds(work, WARM_UP)
+                gc.collect()
+                compared.counted(work)
 
 
 def _factory(engine: AsyncEngine) -> async_sessionmaker[AsyncSession]:
@@ -117,6 +163,13 @@ async def _time(work: Work, units: int) -> float:
     return (time.process_time() - start) / units * 1e6
 
 
+async def _between_marks(work: Work) -> None:
+    os.getppid()
+    for _ in range(COUNTED):
+        await work()
+    os.getppid()
+
+
 async def _read(unit: Callable[..., _Context]) -> None:
     async with unit() as session:
         (await session.scalars(FIRST)).one()
@@ -129,3 +182,7 @@ async def _insert(unit: Callable[..., _Context]) -> None:
 
 def _add(session: Session) -> None:
     session.add(Item(name="inserted"))
+
+
+if __name__ == "__main__":
+    _count(sys.argv[1])

@@ -9,17 +9,15 @@ processor time is taken instead.
 import gc
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 
+from benchmarks._callgrind import count
 from benchmarks._environments import HERE, CannotRun, python_of, why
 from benchmarks._model import FIRST, Item, fill
 from benchmarks._peers import ENVIRONMENTS, PEERS, Peer, Unit
@@ -72,24 +70,9 @@ def _cell(costs: Costs, kind: str) -> str:
 
 
 def _callgrind(variant: str) -> Costs:
-    with tempfile.TemporaryDirectory() as folder:
-        profile = Path(folder, "profile")
-        command = [
-            *("valgrind", "--tool=callgrind", f"--callgrind-out-file={profile}"),
-            *("--dump-before=getppid", _python(variant), "-m", "benchmarks.instructions", variant),
-        ]
-        environment = {**os.environ, "PYTHONHASHSEED": "0"}
-        subprocess.run(command, check=True, capture_output=True, env=environment, text=True)
-        kinds = [kind for kind in KINDS if _has(variant, kind)]
-        # Parts alternate: what led up to the units, the units, what led up to the next.
-        parts = [_total(profile.with_name(f"profile.{2 * n + 2}")) for n in range(len(kinds))]
+    kinds = [kind for kind in KINDS if _has(variant, kind)]
+    parts = count([_python(variant), "-m", "benchmarks.instructions", variant], len(kinds))
     return {kind: Spread.of([part / UNITS / 1e3]) for kind, part in zip(kinds, parts, strict=True)}
-
-
-def _total(profile: Path) -> int:
-    found = re.search(r"^totals: (\d+)$", profile.read_text(), re.MULTILINE)
-    assert found is not None
-    return int(found[1])
 
 
 def _python(variant: str) -> str:

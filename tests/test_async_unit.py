@@ -2,16 +2,17 @@
 
 import asyncio
 import gc
+from pathlib import Path
 
 import pytest
 from sqlalchemy import Executable, delete, insert, select, text, update
 from sqlalchemy import exc as sa_exc
-from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 
 from sessionscope import AsyncDatabase, Unit
 from sessionscope.exc import ReadOnlyUnit, SessionEnded
 from tests.async_drivers import names, on_one_of_each_kind, on_postgres, on_servers, on_uvloop_too
-from tests.models import Item, Note
+from tests.models import Base, Item, Note
 
 pytestmark = pytest.mark.anyio
 
@@ -346,3 +347,18 @@ async def test_a_block_that_is_never_entered_holds_nothing(async_database: Async
 async def _add(database: AsyncDatabase, name: str) -> None:
     async with database.begin() as session:
         session.add(Item(name=name))
+
+
+async def test_binds_serve_plain_and_asynchronous_sessions(tmp_path: Path) -> None:
+    """A function that run() calls gets a plain session, bound to the same engines."""
+    first, second = (f"sqlite+aiosqlite:///{tmp_path / name}.db" for name in ("first", "second"))
+    other = create_async_engine(second)
+    async with other.begin() as connection:
+        await connection.run_sync(Base.metadata.create_all)
+    async with AsyncDatabase(first, session_options={"binds": {Item: other}}) as database:
+        await database.run(lambda session: session.add(Item(name="plain")))
+        async with database.begin() as session:
+            session.add(Item(name="asynchronous"))
+            stored = sorted(await session.scalars(select(Item.name)))
+    await other.dispose()
+    assert stored == ["asynchronous", "plain"]

@@ -18,7 +18,7 @@ FACE = "sessionscope"
 # From the ground up; a module imports from the floors below its own.
 FLOORS = [
     {"exc", "events"},
-    {"_credentials", "_pooler"},
+    {"_credentials", "_loops", "_pooler"},
     {"_options"},
     {"_async_unit", "_places", "_signal", "_telling"},
     {"_deadline"},

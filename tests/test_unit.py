@@ -426,3 +426,37 @@ def test_closing_waits_for_a_thread_that_is_inside_the_session(
     assert len(attempts) == 3
     assert database.stats().in_use == 0
     assert names(database) == []
+
+
+def test_closing_never_raises_even_after_an_overlap(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the other thread has broken is thrown away with its connection."""
+    unit = Unit(database)
+    unit.admit()
+    unit.session.add(Item(name="lost"))
+    unit.session.flush()
+    reset = unit.session.reset
+    errors = [sa_exc.IllegalStateChangeError("in use"), ValueError("broken")]
+
+    def broken() -> None:
+        if errors:
+            raise errors.pop(0)
+        reset()
+
+    monkeypatch.setattr(unit.session, "reset", broken)
+    unit.close()
+
+    assert database.stats().in_use == 0
+    assert names(database) == []
+
+
+def test_a_reading_unit_in_memory_ends_a_transaction() -> None:
+    """Its connection is that of the units that write, too."""
+    with Database("sqlite://") as memory:
+        unit = Unit(memory, read_only=True)
+        unit.admit()
+        unit.session.execute(text("SELECT 1"))
+        assert unit.needs_io
+        unit.commit()
+        unit.close()

@@ -3,8 +3,10 @@
 import asyncio
 import gc
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from inspect import iscoroutinefunction
 from typing import Any
 
 import pytest
@@ -73,7 +75,8 @@ def one_leak(function: Any) -> Iterator[None]:
     message = str(warning.message)
     opened_at = f"{code.co_filename}:{code.co_firstlineno + 1} ({code.co_qualname})"
     assert f"The session opened at {opened_at} was never closed" in message
-    assert "with database.begin() as session" in message
+    is_async = iscoroutinefunction(function)
+    assert f"Write: {'async ' if is_async else ''}with database.begin() as session" in message
     assert (warning.filename, warning.lineno) == (__file__, code.co_firstlineno + 1)
 
 
@@ -182,6 +185,17 @@ def test_a_transaction_that_was_idle_is_told_with_the_last_statement(database: D
     assert "after 'SELECT item.id, item.name FROM item WHERE item.name = :name_1'" in message
     assert "a secret" not in message
     assert warned[0].filename == __file__
+
+
+@pytest.mark.usefixtures("impatient")
+def test_one_line_is_told_once_however_often_it_is_idle(sqlite: Database) -> None:
+    """As long as Python's own filter is in place."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for _ in range(3):
+            with sqlite.begin() as session:
+                session.scalars(select(Item))
+    assert [warning.category for warning in caught] == [IdleInTransactionWarning]
 
 
 @pytest.mark.usefixtures("impatient")

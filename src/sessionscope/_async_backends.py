@@ -9,7 +9,7 @@ bound until the server has closed its end.
 import asyncio
 import socket
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -20,7 +20,7 @@ from sqlalchemy.util.concurrency import in_greenlet
 
 from sessionscope._backends import CLOSING_SECONDS, Backends, keep_socket
 from sessionscope._interrupt import leave_to_interrupt
-from sessionscope._signal import call_soon
+from sessionscope._loops import call_soon, start
 
 # Seconds after which a server that does not answer is no longer waited for.
 _PATIENCE = 10.0
@@ -50,7 +50,7 @@ class AsyncBackends(Backends):
                 "async with database.engine.connect() as connection: await connection.run_sync(...)"
             )
         self.take(timeout)
-        opening = self._start(greenlet_spawn(connect))
+        opening = start(greenlet_spawn(connect), self._tasks)
         try:
             connection: DBAPIConnection = await_only(asyncio.shield(opening))
         except BaseException:
@@ -82,7 +82,7 @@ class AsyncBackends(Backends):
         kept = keep_socket(driver_connection)
 
         def bury() -> asyncio.Task[None]:
-            return self._start(self._bury(driver_connection, close, cancel, kept))
+            return start(self._bury(driver_connection, close, cancel, kept), self._tasks)
 
         if loop is asyncio._get_running_loop():
             burial = bury()
@@ -99,13 +99,6 @@ class AsyncBackends(Backends):
         loop = asyncio.get_running_loop()
         if closing := [task for task in self._tasks if task.get_loop() is loop]:
             await asyncio.wait(closing)
-
-    def _start(self, work: Coroutine[Any, Any, Any]) -> "asyncio.Task[Any]":
-        # Not create_task(): an eager task would begin inside of the greenlet that asks for it.
-        task = asyncio.Task(work, loop=asyncio.get_running_loop())
-        self._tasks.add(task)  # the event loop alone would not keep it alive
-        task.add_done_callback(self._tasks.discard)
-        return task
 
     def _discard(
         self,

@@ -16,7 +16,7 @@ from sqlalchemy.util import await_only
 from typing_extensions import TypeVar
 
 from sessionscope._guards import Scope
-from sessionscope._signal import call_soon
+from sessionscope._loops import call_soon
 from sessionscope._source import Source
 from sessionscope._timer import timed
 from sessionscope._watch import UNIT
@@ -65,6 +65,10 @@ class AsyncSource(Source[AsyncSessionT]):
     def open_plain(self, bind: Engine, scope: Scope) -> tuple[Any, Session]:
         """Return a plain session, twice, without an asynchronous one around it."""
         options = self.unit_options(self.async_sessionmaker.kw, bind, scope)
+        if binds := options.get("binds"):
+            options["binds"] = {
+                key: getattr(each, "sync_engine", each) for key, each in binds.items()
+            }
         session_class = self.unit_class if scope.timer is None else self.timed_class
         session = session_class.sync_session_class(**options)
         return session, session

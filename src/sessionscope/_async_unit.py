@@ -8,12 +8,13 @@ and is delivered at the next ``await``: a hook's, if there are any.
 
 import asyncio
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 from sqlalchemy.util import greenlet_spawn
 
+from sessionscope._loops import start
 from sessionscope.exc import CommitUnknown
 
 _tasks: set[asyncio.Task[Any]] = set()
@@ -24,7 +25,7 @@ async def end(finish: Callable[[], None]) -> None:
 
     A cancellation is delivered at once, and *finish* goes on.
     """
-    await asyncio.shield(start(greenlet_spawn(finish)))
+    await asyncio.shield(start(greenlet_spawn(finish), _tasks))
 
 
 async def flush(work: Callable[[], None], undo: Callable[[], None]) -> None:
@@ -45,18 +46,10 @@ async def commit(finish: Callable[[], None], run_hooks: Callable[[], bool]) -> N
     assert task is not None
     cancelled_before = task.cancelling()
     try:
-        await _outcome(start(greenlet_spawn(finish)), task)
+        await _outcome(start(greenlet_spawn(finish), _tasks), task)
     finally:
         if await greenlet_spawn(run_hooks) and task.cancelling() > cancelled_before:
             _cancel_soon(task)
-
-
-def start(work: Coroutine[Any, Any, Any]) -> "asyncio.Task[Any]":
-    """Start a task that lives until it is done."""
-    task = asyncio.Task(work, loop=asyncio.get_running_loop())
-    _tasks.add(task)  # the event loop alone would not keep it alive
-    task.add_done_callback(_tasks.discard)
-    return task
 
 
 async def _outcome(committing: "asyncio.Task[None]", task: "asyncio.Task[Any]") -> None:

@@ -133,10 +133,11 @@ def _doomed(info: dict[Any, Any]) -> TransactionDoomed:
     suspect: _Suspect | None = info.get(SUSPECT)
     scope: Scope | None = info.get(UNIT)
     opened_at = f" (unit of work opened at {describe(scope.opened_at)})" if scope else ""
+    begin = "async with" if scope is not None and scope.is_async else "with"
     error = TransactionDoomed(
         f"This transaction cannot commit{opened_at}: {_what_failed(suspect)} "
         "Let the error leave the unit of work, or run what may fail in a savepoint and catch the "
-        "error outside of it: with session.begin_nested(): ..."
+        f"error outside of it: {begin} session.begin_nested(): ..."
     )
     if suspect is not None:
         error.__cause__ = suspect[1]

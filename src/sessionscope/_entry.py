@@ -5,6 +5,7 @@ from collections.abc import Awaitable, Callable
 from types import AsyncGeneratorType, CoroutineType, FunctionType, GeneratorType
 from typing import Any
 
+from sessionscope._places import begin
 from sessionscope.exc import ConfigurationError
 
 # Runs fn, which takes a session as its first argument, as one unit of work.
@@ -101,7 +102,7 @@ def _check(fn: Callable[..., Any], parameters: list[inspect.Parameter], position
         raise ConfigurationError(
             f"with_session() cannot wrap {_name(fn)}, a generator function: its body runs after "
             "the unit of work has ended. Return a list, or open the unit inside: "
-            "with database.begin() as session: ..."
+            f"{begin(is_async=inspect.isasyncgenfunction(fn))} as session: ..."
         )
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     if len(parameters) <= position or parameters[position].kind not in positional:

@@ -13,7 +13,7 @@ from sqlalchemy.orm.session import _sessions  # pyright: ignore[reportPrivateUsa
 
 from sessionscope import _overlap, _watch
 from sessionscope._options import Options
-from sessionscope._places import Place, describe
+from sessionscope._places import Place, begin, describe
 from sessionscope._watch import UNIT, OnLeak
 from sessionscope.exc import NestedUnit, ReadOnlyUnit, SessionEnded, SessionScopeError
 
@@ -194,11 +194,10 @@ def refuse_ended(session: Session) -> None:
     """Raise SessionEnded if *session* is that of a unit of work that has ended."""
     scope: Scope | None = session.info.get(UNIT)
     if scope is not None and scope.ended:
-        begin = "async with database.begin()" if scope.is_async else "with database.begin()"
         raise SessionEnded(
             "This session has ended with its unit of work, the block, function or endpoint at "
             f"{describe(scope.opened_at)}. Code that runs later (a stream, a background task, "
-            f"another thread) opens its own: {begin} as session: ..."
+            f"another thread) opens its own: {begin(is_async=scope.is_async)} as session: ..."
         )
 
 

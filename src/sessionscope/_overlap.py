@@ -15,7 +15,7 @@ from typing import Any
 
 from sqlalchemy.orm import Session, sessionmaker
 
-from sessionscope._places import Place, describe, here, there
+from sessionscope._places import Place, begin, describe, here, there
 from sessionscope._watch import IDLE_SECONDS, opened_at, warn_of_idleness
 from sessionscope.exc import SessionEnded, SessionShared
 
@@ -89,7 +89,7 @@ def _guarded(method: Callable[..., Any], current_user: Callable[[], _User]) -> C
         try:
             last = state.get(_LAST)
             if last is not None and monotonic() - last[0] > IDLE_SECONDS:
-                warn_of_idleness(self, *last)
+                warn_of_idleness(self, *last[1:])
             return method(self, *args, **kwargs) if kwargs else method(self, *args)
         finally:
             state[_LAST] = monotonic(), name, args[:1]  # not what was sent with it
@@ -108,7 +108,7 @@ def _on_one_loop(method: Callable[..., Any]) -> Callable[..., Any]:
             raise SessionShared(
                 f"{method.__name__}() was called{_at(here())} on another event loop than the one "
                 f"on which the session opened at {describe(opened_at(self))} was used first. Open "
-                "a unit of work where it is used: async with database.begin() as session: ..."
+                f"a unit of work where it is used: {begin(is_async=True)} as session: ..."
             )
         return method(self, *args, **kwargs)
 
@@ -127,19 +127,18 @@ def _refusal(session: Session, method: str, user: _User) -> SessionEnded | Sessi
     return SessionEnded(
         f"{method}() was called{_at(here())} in a forked process, and the session opened at "
         f"{describe(opened_at(session))} belongs to the process before the fork. Open a unit of "
-        "work after the fork: with database.begin() as session: ..."
+        f"work after the fork: {begin(is_async=_LOOP in session.__dict__)} as session: ..."
     )
 
 
 def _shared(session: Session, method: str, user: _User) -> SessionShared:
     first, second = there(user), here()
     is_async = isinstance(user, asyncio.Task) or _LOOP in session.__dict__
-    begin = "async with database.begin()" if is_async else "with database.begin()"
     return SessionShared(
         f"{method}() was called{_at(second)} while another thread or task{_at(first)} is using "
         f"the session opened at {describe(opened_at(session))}. The second use was refused, the "
         "first goes on. A session serves one thread or task at a time: give each a unit of work "
-        f"of its own, {begin} as session: ..."
+        f"of its own, {begin(is_async=is_async)} as session: ..."
     )
 
 

@@ -33,6 +33,11 @@ def place_of(fn: Callable[..., Any]) -> Place | None:
     return (code, code.co_firstlineno) if code is not None else None
 
 
+def begin(*, is_async: bool) -> str:
+    """Return how a unit of work is opened, for errors that say what to write instead."""
+    return "async with database.begin()" if is_async else "with database.begin()"
+
+
 def here() -> Place | None:
     """Return the innermost place of the user's that this call comes from."""
     frame: FrameType | None = sys._getframe(1)  # pyright: ignore[reportPrivateUsage]  # documented

@@ -1,10 +1,11 @@
 """The read-only engine: writes are refused before they are sent, or by the server."""
 
+from functools import partial
 from typing import Any
 
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.engine.default import DefaultExecutionContext
-from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.engine.interfaces import DBAPIConnection, Dialect
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from sessionscope._watch import UNIT
@@ -38,7 +39,7 @@ def make_read_only(engine: Engine, *, by_session: bool) -> None:
     for name in ("do_execute", "do_executemany", "do_execute_no_params"):
         event.listen(engine, name, _executing)
     if engine.dialect.name == "postgresql":
-        event.listen(engine, "reset", _end_stream)
+        event.listen(engine, "reset", partial(_end_stream, engine.dialect))
 
 
 def _executing(cursor: Any, statement: str, *parameters_and_context: Any) -> None:
@@ -74,21 +75,23 @@ def _begin_for_stream(context: DefaultExecutionContext) -> None:
         driver_connection: Any = proxied.dbapi_connection
         if driver_connection.autocommit:
             # The driver sends BEGIN before the DECLARE; default_transaction_read_only holds.
-            _set_autocommit(driver_connection, on=False)
+            _set_autocommit(context.dialect, driver_connection, on=False)
             proxied.info[_STREAMING] = True
             if UNIT in proxied.info:
                 proxied.info[UNIT].streams = True
 
 
-def _end_stream(dbapi_connection: Any, record: ConnectionPoolEntry, state: object) -> None:
+def _end_stream(
+    dialect: Dialect, dbapi_connection: Any, record: ConnectionPoolEntry, state: object
+) -> None:
     if record.info.pop(_STREAMING, False):
         dbapi_connection.rollback()
-        _set_autocommit(dbapi_connection, on=True)
+        _set_autocommit(dialect, dbapi_connection, on=True)
 
 
-def _set_autocommit(dbapi_connection: Any, *, on: bool) -> None:
-    if hasattr(dbapi_connection, "_isolation_setting"):
-        # SQLAlchemy's adapter of asyncpg, whose autocommit = False returns to its first level.
+def _set_autocommit(dialect: Dialect, dbapi_connection: Any, *, on: bool) -> None:
+    if dialect.driver == "asyncpg":
+        # SQLAlchemy's adapter, whose autocommit = False returns to its first level.
         dbapi_connection.isolation_level = "autocommit" if on else None
     else:
         dbapi_connection.autocommit = on

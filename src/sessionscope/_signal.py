@@ -2,9 +2,10 @@
 
 import asyncio
 import threading
-from collections.abc import Callable
 
 from sqlalchemy.util import await_only
+
+from sessionscope._loops import call_soon
 
 
 class Signal:
@@ -73,15 +74,6 @@ class AsyncSignal(Signal):
             with self._changed:
                 self._futures.discard(future)
         return self.changes != seen
-
-
-def call_soon(loop: asyncio.AbstractEventLoop, fn: Callable[..., object], *args: object) -> bool:
-    """Call *fn* on *loop*, from any thread; return False if the loop has been closed."""
-    try:
-        loop.call_soon_threadsafe(fn, *args)
-    except RuntimeError:
-        return False
-    return True
 
 
 def _resolve(future: "asyncio.Future[None]") -> None:

@@ -33,6 +33,8 @@ from sessionscope.exc import (
 
 # Seconds for which close() waits for another thread to leave the session.
 _PATIENCE = 5.0
+# SQLAlchemy's code of what a session says once a flush has failed (https://sqlalche.me/e/20/7s2a).
+_FAILED_FLUSH = "7s2a"
 # Seconds up to which a unit counts as admitted without waiting.
 _AT_ONCE = 0.001
 
@@ -61,6 +63,8 @@ class Unit(Generic[SessionT]):
         finally:
             unit.close()
 
+    That of an AsyncDatabase is ended with ``await Unit.end_all_async([unit], Unit.commit)``, or
+    ``Unit.rollback``, in place of the last three, which only work in SQLAlchemy's greenlets.
     *opened_at* is the ``(code, line)`` that errors name, by default the caller's. A *plain*
     unit of an AsyncDatabase has a plain Session, for code that runs in SQLAlchemy's greenlets.
     *attempts* are those of the call that this unit is one attempt of. A unit is used once.
@@ -106,7 +110,10 @@ class Unit(Generic[SessionT]):
             opened_at or caller(1),
             is_async=source.options.is_async,
             read_only=read_only,
-            autocommit=read_only and isolation_level is None and source.options.pooler is None,
+            # In memory there is one connection, which is also that of the units that write.
+            autocommit=read_only
+            and isolation_level is None
+            and not (source.options.pooler or source.options.is_memory),
             independent=independent,
         )
         self._bind = source.engines.bind(
@@ -465,9 +472,13 @@ class Unit(Generic[SessionT]):
             self._source.sleep(0.01)
             if _overlap.is_in_use(session):
                 continue
-            with suppress(IllegalStateChangeError):
+            try:
                 session.reset()
-                return
+            except IllegalStateChangeError:
+                continue
+            except Exception:
+                break
+            return
         self._throw_away(session)
 
     def _throw_away(self, session: Session) -> None:
@@ -546,7 +557,7 @@ class Unit(Generic[SessionT]):
             ) from error
 
     def _doomed(self, error: PendingRollbackError) -> TransactionDoomed:
-        if "during flush" not in str(error):
+        if error.code != _FAILED_FLUSH:
             return TransactionDoomed(
                 "This transaction cannot commit (unit of work opened at "
                 f"{self._opened_at}): its connection was lost earlier, and the "
@@ -557,7 +568,7 @@ class Unit(Generic[SessionT]):
             f"{self._opened_at}): a flush failed earlier, which rolled it back, "
             "and the error was swallowed. Nothing was written. Let the error leave the unit of "
             "work, or flush in a savepoint and catch the error outside of it: "
-            "with session.begin_nested(): ..."
+            f"{'async ' if self.is_async else ''}with session.begin_nested(): ..."
         )
 
 

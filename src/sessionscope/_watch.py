@@ -10,15 +10,14 @@ import os
 import warnings
 import weakref
 from collections.abc import Callable
-from time import monotonic
 from typing import Any
 
 from sqlalchemy import Connection, Executable
 from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.util import greenlet_spawn
 
-from sessionscope._places import Place, describe, here
-from sessionscope._signal import call_soon
+from sessionscope._loops import call_soon, start
+from sessionscope._places import Place, begin, describe, here
 from sessionscope.exc import IdleInTransactionWarning, SessionLeakWarning
 
 # Seconds for which a transaction may be open without a statement.
@@ -49,7 +48,7 @@ class _Watch(weakref.ref[Session]):
 
 _watches: set[_Watch] = set()
 _warned: dict[Any, int] = {}
-_closing: set[asyncio.Task[None]] = set()  # an event loop alone would not keep them alive
+_closing: set[asyncio.Task[Any]] = set()
 
 
 def note_opening(factory: sessionmaker[Any]) -> type[Any]:
@@ -99,21 +98,20 @@ def report(session: Session, on_leak: OnLeak) -> None:
     watching: _Watch | None = session.info.get(_WATCH)
     if watching is not None:
         _collected(watching)
-    else:
-        _warn_of_leak(opened_at(session), on_leak)
+    else:  # only asynchronous units are watched
+        _warn_of_leak(opened_at(session), on_leak, is_async=False)
 
 
-def warn_of_idleness(
-    session: Session, since: float, method: str, arguments: tuple[object, ...]
-) -> None:
-    """Warn that *session* kept its transaction open *since* its last call."""
+def warn_of_idleness(session: Session, method: str, arguments: tuple[object, ...]) -> None:
+    """Warn that *session* kept its transaction open since its last call, for too long."""
     scope = session.info.get(UNIT)
     is_autocommit = scope is not None and scope.autocommit and not scope.streams
     if is_autocommit or not session.in_transaction():
         return
     _warn(
+        # Without the seconds, so that Python's filter shows it once for each line.
         f"The session opened at {describe(opened_at(session))} was idle in its transaction for "
-        f"{monotonic() - since:.1f} s after {_last_call(method, *arguments[:1])}: it kept its "
+        f"more than {IDLE_SECONDS:g} s after {_last_call(method, *arguments[:1])}: it kept its "
         "connection and its locks meanwhile. End the unit of work before what takes long (a call "
         "over the network, a file, a sleep), and begin another one after it",
         IdleInTransactionWarning,
@@ -138,7 +136,8 @@ def _collected(watching: weakref.ref[Session]) -> None:
     if connection.closed:
         return
     try:
-        _warn_of_leak(watching.opened_at, watching.on_leak)
+        is_async = connection.dialect.is_async
+        _warn_of_leak(watching.opened_at, watching.on_leak, is_async=is_async)
     finally:
         if connection.dialect.is_async:
             _close_on_loop(connection, watching.loop)
@@ -146,12 +145,12 @@ def _collected(watching: weakref.ref[Session]) -> None:
             connection.close()
 
 
-def _warn_of_leak(place: Place | None, on_leak: OnLeak) -> None:
+def _warn_of_leak(place: Place | None, on_leak: OnLeak, *, is_async: bool) -> None:
     on_leak(describe(place))
     _warn(
         f"The session opened at {describe(place)} was never closed; its connection was rolled "
-        "back and given back when the garbage collector found it. Write: with database.begin() as "
-        "session: ...",
+        "back and given back when the garbage collector found it. Write: "
+        f"{begin(is_async=is_async)} as session: ...",
         SessionLeakWarning,
         place,
     )
@@ -168,8 +167,7 @@ def _warn(message: str, category: type[Warning], place: Place | None) -> None:
 
 def _close_on_loop(connection: Connection, loop: asyncio.AbstractEventLoop | None) -> None:
     def close() -> None:
-        _closing.add(task := asyncio.ensure_future(greenlet_spawn(connection.close)))
-        task.add_done_callback(_closing.discard)
+        start(greenlet_spawn(connection.close), _closing)
 
     if loop is None or not call_soon(loop, close):
         connection.invalidate()
