@@ -1,10 +1,10 @@
 """The same routes over HTTP, served with sessionscope and with each of its peers.
 
-Every subject is measured in every round, one after the other, so that a drift of the machine
-hits all alike; a ratio is taken within a round.
+First a survey: every subject once, with more and more clients. Then the ratios: ours and a peer
+take turns within seconds, again and again, so that a drift of the machine hits both alike.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -15,8 +15,8 @@ from sqlalchemy import URL
 from benchmarks._environments import CannotRun, serve, versions, why
 from benchmarks._load import Pace, quantile, sustain
 from benchmarks._postgres import empty_database, text, through
-from benchmarks._report import Figure, Plot, Report, Spread, Table, number
-from benchmarks._servers import DidNotStart
+from benchmarks._report import Figure, Plot, Report, Spread, Table
+from benchmarks._servers import DidNotStart, Server
 from benchmarks._settings import Settings
 from benchmarks._subject import Subject
 from benchmarks._subjects import DEF, OURS, SUBJECTS, chosen
@@ -25,20 +25,33 @@ from benchmarks.proxy import Proxy
 
 READ_ONLY = "sessionscope read-only"
 
+# Ours and theirs, one right after the other.
+Duel = tuple[Seen, Seen]
+
 
 @dataclass(frozen=True)
 class Scale:
     """How much of everything."""
 
     clients: tuple[int, ...]
-    headlines: tuple[int, ...]
-    """For these there are as many rounds as the load has, for the others one."""
-    repeats: bool
-    pace: Pace
+    rounds: dict[int, int]
+    """How often ours and a peer take turns, by the number of clients: the headlines."""
+    seconds: float
+    timeout: float
+
+    @property
+    def headlines(self) -> tuple[int, ...]:
+        """The numbers of clients for which there are ratios."""
+        return tuple(self.rounds)
+
+    def pace(self, clients: int) -> Pace:
+        """Return a pace whose warm-up is longer than the first answers of so many clients take."""
+        seconds = self.seconds * (1 + clients / 250)
+        return Pace(seconds, self.timeout, seconds / 2)
 
 
-FULL = Scale((10, 50, 100, 200, 500), (100, 500), repeats=True, pace=Pace(0.8, 2.5, 0.3))
-SHORT = Scale((20,), (20,), repeats=False, pace=Pace(0.3, 1.0, 0.2))
+FULL = Scale((10, 50, 100, 200, 500), {100: 5, 500: 3}, seconds=1.0, timeout=2.5)
+SHORT = Scale((20,), {20: 1}, seconds=0.6, timeout=1.0)
 
 
 @dataclass
@@ -48,9 +61,14 @@ class Load:
     name: str
     path: str
     settings: Settings
-    rounds: int
     plotted: tuple[str, ...]
-    rows: dict[str, dict[int, list[Seen]]] = field(default_factory=dict)
+    rows: dict[str, dict[int, Seen]] = field(default_factory=dict)
+    duels: dict[tuple[str, str], dict[int, list[Duel]]] = field(default_factory=dict)
+
+    def is_wedged(self, subject: str, clients: int) -> bool:
+        """Whether a subject answered nothing any more in the survey."""
+        seen = self.rows.get(subject, {}).get(clients)
+        return seen is not None and seen.tally.wedged
 
 
 def run(*, url: str | None, short: bool) -> Report:
@@ -61,7 +79,9 @@ def run(*, url: str | None, short: bool) -> Report:
     scale = SHORT if short else FULL
     with empty_database(url) as database, _loads(database) as loads:
         for load in loads:
-            _measure(runnable, failed, load, database, scale)
+            _survey(runnable, failed, load, database, scale)
+            for pair in _pairs(load):
+                _alternate(pair, load, database, scale)
             report.tables.append(_table(load))
             report.figures.extend(_headlines(load, scale))
             report.plots.extend(_plot(load, style) for style in load.plotted)
@@ -88,68 +108,79 @@ def _loads(database: URL) -> Iterator[list[Load]]:
     with Proxy(database.host or "127.0.0.1", database.port or 5432, delay=0.005) as proxy:
         far = replace(near, url=through(database, proxy.port), pool_size=3, max_overflow=0)
         yield [
-            Load("20 ms query", "/slow", near, 3, tuple(OURS)),
-            Load("no sleep", "/read", near, 2, ()),
-            Load("pool of 3, each round trip +5 ms", "/read", far, 2, (DEF,)),
+            Load("20 ms query", "/slow", near, tuple(OURS)),
+            Load("no sleep", "/read", near, ()),
+            Load("pool of 3, each round trip +5 ms", "/read", far, (DEF,)),
         ]
 
 
-def _measure(
+def _survey(
     subjects: list[Subject], failed: Table, load: Load, database: URL, scale: Scale
 ) -> None:
-    """Put *load* on every subject, round after round; who fails once takes no further part."""
-    for turn in range(load.rounds if scale.repeats else 1):
-        counts = scale.headlines if turn else scale.clients
-        for subject in list(subjects):
-            try:
-                _visit(subject, load, database, counts, scale.pace)
-            except (DidNotStart, CannotRun) as error:
-                subjects.remove(subject)
-                failed.rows.append([subject.name, why(error)])
+    """Put *load* on every subject; who fails takes no further part."""
+    for subject in list(subjects):
+        try:
+            _visit(subject, load, database, scale)
+        except (DidNotStart, CannotRun) as error:
+            subjects.remove(subject)
+            failed.rows.append([subject.name, why(error)])
 
 
-def _visit(subject: Subject, load: Load, database: URL, counts: Sequence[int], pace: Pace) -> None:
+def _visit(subject: Subject, load: Load, database: URL, scale: Scale) -> None:
     """Load one server with more and more clients; one that is wedged is replaced."""
     rows = load.rows.setdefault(subject.name, {})
     server = None
     with ExitStack() as stack:
-        for clients in counts:
+        for clients in scale.clients:
             server = server or stack.enter_context(serve(subject, load.settings))
-            burden = partial(sustain, server.port, [load.path], clients, pace)
-            seen = observe(database, server, burden)
-            rows.setdefault(clients, []).append(seen)
+            seen = rows[clients] = _observe(server, load, database, clients, scale)
             if seen.tally.wedged:
                 stack.close()
                 server = None
 
 
+def _alternate(pair: tuple[str, str], load: Load, database: URL, scale: Scale) -> None:
+    """Put *load* on ours and on theirs in turns; who was wedged in the survey stays out."""
+    counts = [n for n in scale.headlines if not any(load.is_wedged(name, n) for name in pair)]
+    if not counts:
+        return
+    duels = load.duels.setdefault(pair, {})
+    with ExitStack() as stack:
+        servers = [stack.enter_context(serve(SUBJECTS[name], load.settings)) for name in pair]
+        for clients in counts:
+            for turn in range(scale.rounds[clients]):
+                order = servers if turn % 2 else servers[::-1]
+                seen = {
+                    server.variant: _observe(server, load, database, clients, scale)
+                    for server in order
+                }
+                duels.setdefault(clients, []).append((seen[pair[0]], seen[pair[1]]))
+
+
+def _observe(server: Server, load: Load, database: URL, clients: int, scale: Scale) -> Seen:
+    pace = scale.pace(clients)
+    return observe(database, server, partial(sustain, server.port, [load.path], clients, pace))
+
+
 def _table(load: Load) -> Table:
-    header = ["subject", "clients", "req/s", "min-max", "p50 ms", "p99 ms", "errors", "cpu ms"]
+    header = ["subject", "clients", "req/s", "p50 ms", "p99 ms", "errors", "cpu ms"]
     table = Table(f"HTTP: {load.name} ({load.path})", [*header, "backends", ""])
     for name, by_clients in load.rows.items():
-        for clients, rounds in by_clients.items():
-            table.rows.append([name, str(clients), *_cells(rounds)])
+        for clients, seen in by_clients.items():
+            table.rows.append([name, str(clients), *_cells(seen)])
     return table
 
 
-def _cells(rounds: list[Seen]) -> list[str]:
-    rate = _rates(rounds)
-    answers = [answer for seen in rounds for answer in seen.tally.answers]
-    errors = sum(len(seen.tally.answers) - seen.tally.ok for seen in rounds)
-    wedged = sum(seen.tally.wedged for seen in rounds)
+def _cells(seen: Seen) -> list[str]:
+    tally = seen.tally
     return [
-        number(round(rate.median)),
-        f"{rate.low:.0f}-{rate.high:.0f}",
-        *(f"{quantile(answers, share):.0f}" for share in (0.5, 0.99)),
-        str(errors),
-        f"{Spread.of(seen.processor_ms for seen in rounds).median:.2f}",
-        str(max(seen.backends for seen in rounds)),
-        f"WEDGED in {wedged} of {len(rounds)}" if wedged else "",
+        f"{tally.rate:.0f}",
+        *(f"{quantile(tally.answers, share):.0f}" for share in (0.5, 0.99)),
+        str(len(tally.answers) - tally.ok),
+        f"{seen.processor_ms:.2f}",
+        str(seen.backends),
+        "WEDGED" if tally.wedged else "",
     ]
-
-
-def _rates(rounds: list[Seen]) -> Spread:
-    return Spread.of(seen.tally.rate for seen in rounds)
 
 
 def _headlines(load: Load, scale: Scale) -> Iterator[Figure]:
@@ -188,17 +219,27 @@ def _cell(figure: Figure | None) -> str:
 
 
 def _ratio(load: Load, our: str, their: str, clients: int) -> Figure | None:
-    ours, theirs = (load.rows.get(name, {}).get(clients, []) for name in (our, their))
-    if len(ours) != len(theirs) or not ours:
-        return None
     name = f"{load.name}, {clients} clients: {our} / {their}"
-    note = f"{_rates(ours).median:.0f} against {_rates(theirs).median:.0f}/s"
-    if any(seen.tally.wedged for seen in theirs):
+    duels = load.duels.get((our, their), {}).get(clients, [])
+    if load.is_wedged(their, clients) or any(theirs.tally.wedged for _, theirs in duels):
         # Nothing can be divided by what is not there.
-        note = f"{note}: theirs is wedged"
-        return Figure.spread(name, _rates(ours), "req/s", at_least=1, note=note)
-    rates = [(a.tally.rate, b.tally.rate) for a, b in zip(ours, theirs, strict=True)]
-    return Figure.spread(name, Spread.of(a / b for a, b in rates), at_least=1, note=note)
+        rate = load.rows[our][clients].tally.rate
+        note = f"{rate:.0f} against none: theirs is wedged"
+        return Figure(name, rate, "req/s", at_least=1, note=note)
+    if not duels:
+        return None
+    ours, theirs = (
+        Spread.of(seen.tally.rate for seen in side) for side in zip(*duels, strict=True)
+    )
+    our_cpu, their_cpu = (
+        Spread.of(seen.processor_ms for seen in side) for side in zip(*duels, strict=True)
+    )
+    ratio = Spread.of(a.tally.rate / b.tally.rate for a, b in duels)
+    note = (
+        f"{ours.median:.0f} against {theirs.median:.0f}/s, "
+        f"cpu ms {our_cpu.median:.2f} against {their_cpu.median:.2f}"
+    )
+    return Figure.spread(name, ratio, at_least=1, note=note)
 
 
 def _plot(load: Load, style: str) -> Plot:
@@ -207,5 +248,7 @@ def _plot(load: Load, style: str) -> Plot:
     plot = Plot(f"{kind}-{place}", f"{style}: {load.name}", "keep-alive clients", "requests/s")
     for name, by_clients in load.rows.items():
         if SUBJECTS[name].style == style:
-            plot.lines[name] = [(clients, _rates(rounds)) for clients, rounds in by_clients.items()]
+            plot.lines[name] = [
+                (clients, Spread.of([seen.tally.rate])) for clients, seen in by_clients.items()
+            ]
     return plot

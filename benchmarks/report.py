@@ -25,10 +25,10 @@ INTRODUCTION = """\
 Everything here comes from one run of `make bench`, which also wrote this page; nothing is typed in.
 Ratios come first, because they carry over to other machines; absolute figures do not.
 
-**Noise.** Each figure is the median of its rounds with the lowest and the highest beside it
-(min-max). Where two ranges overlap, call it a draw. Subjects take turns within a round, so that a
-drift of the machine hits all alike, and a ratio is taken within a round. Where low and high agree,
-there was one round.
+**Noise.** Each ratio is the median of its rounds with the lowest and the highest beside it
+(min-max): ours and a peer take turns within seconds, so that a drift of the machine hits both
+alike. Where a range holds 1.00, call it a draw. The tables of req/s are one look at each, minutes
+apart: read them for their order of magnitude, and for who is wedged.
 """
 
 METHOD = """\
