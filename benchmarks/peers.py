@@ -50,7 +50,7 @@ class Scale:
         return Pace(seconds, self.timeout, seconds / 2)
 
 
-FULL = Scale((10, 50, 100, 200, 500), {100: 5, 500: 3}, seconds=1.0, timeout=2.5)
+FULL = Scale((10, 50, 100, 200, 500), {100: 6, 500: 4}, seconds=1.0, timeout=2.5)
 SHORT = Scale((20,), {20: 1}, seconds=0.6, timeout=1.0)
 
 
