@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, cast
 
 from sqlalchemy import URL, make_url
@@ -133,12 +134,12 @@ class Options:
         }
         return self.url.set(query=query).render_as_string(hide_password=True)
 
-    @property
+    @cached_property
     def is_sqlite(self) -> bool:
         """Whether the database is SQLite, in a file or in memory."""
         return self.url.get_backend_name() == "sqlite"
 
-    @property
+    @cached_property
     def is_memory(self) -> bool:
         """Whether the database is an SQLite database that lives in one connection."""
         # The rule of SQLAlchemy's pysqlite dialect, which keeps it private.

@@ -520,7 +520,8 @@ class Unit(Generic[SessionT]):
         if session is None:
             raise _no_session()
         if self._scope.read_only and not _hooks.has_hooks(session):
-            session.flush()  # refuses changes that would be lost without a word
+            if self.has_changes or _overlap.USER in session.__dict__:
+                session.flush()  # refuses what would be lost without a word, or another's use
             return
         if not session.in_transaction():
             if not (self._scope.used or _hooks.has_hooks(session)):
