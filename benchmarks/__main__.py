@@ -25,6 +25,7 @@ from benchmarks import (
     requests,
     sandbox,
     survival,
+    waiting,
 )
 from benchmarks._report import Report, dump, machine, show
 
@@ -56,6 +57,7 @@ def _all(url: str | None = None, *, short: bool = False) -> dict[str, Callable[[
         "costs": partial(costs.run, url=url, short=short),
         "growth": partial(growth.run, url=url, short=short),
         "sandbox": partial(sandbox.run, url=url, short=short),
+        "waiting": partial(waiting.run, url=url, short=short),
         "checker": partial(checker.run, short=short),
     }
 

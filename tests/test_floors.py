@@ -33,7 +33,7 @@ FLOORS = [
     {"_unit"},
     {"_async_database", "_database"},
     {FACE},
-    {"integrations", "testing"},
+    {"doctor", "integrations", "testing"},
     {"_cli", "pytest_plugin"},
     {"__main__"},
 ]

@@ -29,4 +29,57 @@ def _parser() -> argparse.ArgumentParser:
         run=command.rules
     )
     command.add_explain(commands.add_parser("explain", help="print the page of a rule"))
+    _add_doctor(commands.add_parser("doctor", help="examine a Database where it runs"))
     return parser
+
+
+def _add_doctor(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``sessionscope doctor``, which loads SQLAlchemy when it runs."""
+    parser.add_argument(
+        "target",
+        metavar="MODULE:ATTRIBUTE",
+        nargs="?",
+        default="database:database",
+        help="your Database (default: database:database)",
+    )
+    parser.add_argument(
+        "--processes",
+        type=_at_least_one,
+        default=1,
+        metavar="N",
+        help="how many processes run it, on all machines (default: 1)",
+    )
+    parser.add_argument(
+        "--rate",
+        type=_positive,
+        metavar="N",
+        help="units of work per second over all processes: estimate their waiting",
+    )
+    parser.add_argument(
+        "--hold",
+        type=_positive,
+        nargs="+",
+        default=[0.02],
+        metavar="SECONDS",
+        help="how long a unit holds its connection; several are drawn from (0.02)",
+    )
+    parser.add_argument("--format", choices=("text", "json"), default="text")
+    parser.set_defaults(run=_doctor)
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    return int(import_module("sessionscope.doctor._command").doctor(arguments))
+
+
+def _at_least_one(told: str) -> int:
+    number = int(told)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{told} is less than 1")
+    return number
+
+
+def _positive(told: str) -> float:
+    number = float(told)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{told} is no number above 0")
+    return number

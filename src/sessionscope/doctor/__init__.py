@@ -1,0 +1,1 @@
+"""``sessionscope doctor``: what is wrong with a Database where it runs, and what mends it."""
