@@ -108,7 +108,7 @@ def _judge_try(
             then = Because(scope, after.node, "and the session is used again here")
             yield _finding(model, scope, handler, path, failing, caught, text, then)
             return
-        later = _left_behind(model, scope, node, path, failing, known)
+        later = _left_behind(model, scope, node, path, failing, caught, known)
         if later is not None:
             text = f"and whoever holds `{path}` goes on with it"
             yield _finding(model, scope, handler, path, failing, caught, text, later)
@@ -121,6 +121,7 @@ def _left_behind(
     node: ast.Try,
     path: str,
     failing: Use,
+    caught: str,
     known: list[tuple[str, Use, Value]],
 ) -> Because | None:
     """Return who goes on with the session after the function, unless it is ended here."""
@@ -129,8 +130,9 @@ def _left_behind(
         if other == path and use.name in _ENDS and position(use.node) > end:
             return None
     value = next(value for _, use, value in known if use is failing)
-    wrote = failing.name in _WRITES
-    return goes_on(model, scope, path, failing, value, wrote=wrote)
+    # Who catches an error of the database by its name has seen it come.
+    expected = failing.name in _WRITES or caught in _ERRORS
+    return goes_on(model, scope, path, failing, value, expected=expected)
 
 
 def _directly_in(block: Block, node: ast.Try) -> bool:
