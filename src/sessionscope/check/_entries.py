@@ -6,7 +6,7 @@ Nobody who calls them holds a session, so that nobody can hand them one.
 import ast
 import builtins
 
-from sessionscope.check._facts import Scope, dotted, words
+from sessionscope.check._facts import Scope, dotted, last_name, words
 from sessionscope.check._model import Model
 
 # Bases that declare no method for others to call.
@@ -14,11 +14,17 @@ _PLAIN = words(
     "ABC Generic Protocol BaseModel BaseSettings SQLModel DeclarativeBase MappedAsDataclass "
     "NamedTuple TypedDict Enum Base Model"
 )
+# Calls that start a coroutine for itself.
+_RUNNERS = words(
+    "run run_until_complete create_task ensure_future run_coroutine_threadsafe start_soon spawn "
+    "async_to_sync run_async"
+)
 # Libraries whose decorators wrap a function and leave its callers as they are.
 _WRAPPERS = words(
     "functools contextlib typing typing_extensions abc builtins warnings dataclasses tenacity "
     "backoff cachetools async_lru deprecated opentelemetry pydantic wrapt sqlalchemy sqlmodel"
 )
+_ASGI = frozenset({"scope", "receive", "send"})
 _OWN = frozenset({"property", "staticmethod", "classmethod"})
 
 
@@ -27,7 +33,9 @@ def is_called_by_others(model: Model, function: Scope) -> bool:
     return (
         overrides(model, function)
         or is_callback(model, function)
+        or is_started(model, function)
         or any(_registers(model, node, function) for node in function.decorators)
+        or _ASGI <= function.bindings.keys()
     )
 
 
@@ -61,6 +69,16 @@ def is_callback(model: Model, function: Scope) -> bool:
         if found is not None and found.target is function:
             return True
     return False
+
+
+def is_started(model: Model, function: Scope) -> bool:
+    """Return whether its callers start it alone: ``asyncio.run(function())``, or at start-up."""
+    callers = model.callers(function)
+    return bool(callers) and all(
+        (isinstance(c.call.owner, ast.Call) and last_name(c.call.owner) in _RUNNERS)
+        or model.in_context(c.scope) in {"start-up", "command"}
+        for c in callers
+    )
 
 
 def _registers(model: Model, node: ast.expr, function: Scope) -> bool:

@@ -125,7 +125,20 @@ def marks(model: Model, session: Owned) -> Marks:
             found.opened.add(id(made))
     for use in scope.uses.get(session.name, ()):
         _mark(model, scope, use, found)
+    found.flags.update(_flags(scope, session.binding))
     return found
+
+
+def _flags(scope: Scope, made: Binding) -> Iterator[str]:
+    """Yield the names that are set to True beside the session, and to False elsewhere."""
+    for name, bindings in scope.bindings.items():
+        values = {
+            (b.value.value, b.block is made.block)
+            for b in bindings
+            if isinstance(b.value, ast.Constant) and isinstance(b.value.value, bool)
+        }
+        if len(bindings) == 2 and values == {(True, True), (False, False)}:
+            yield name
 
 
 def _mark(model: Model, scope: Scope, use: Use, found: Marks) -> None:

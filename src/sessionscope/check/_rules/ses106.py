@@ -8,7 +8,8 @@ Flags a function that makes a session, although the code that calls it could han
 - entry points: endpoints, tasks, commands, scripts, start-up, and what a library's decorator
   registers;
 - providers: what yields or returns the session;
-- callbacks: a function that is handed to a thread, a scheduler, an event;
+- callbacks: a function that is handed to a thread, a scheduler, an event, or started for itself
+  (``asyncio.run(work())``), and what start-up and commands alone call;
 - methods that a base class declares, or a base class that the checker cannot see may declare. A
   store behind an interface (``class SqlStore(Store)``) is the border of the unit of work: another
   store may keep the same promise over HTTP, so that no caller has a session for it.

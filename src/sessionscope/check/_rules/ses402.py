@@ -70,23 +70,41 @@ _ENDS = frozenset({"rollback", "close", "aclose", "remove", "invalidate", "reset
 
 def judge(model: Model) -> Iterator[Finding]:
     """Find transactions that go on after an error."""
+    sqlite_alone = _speaks_sqlite_alone(model)
     for scope in model.functions:
         if not scope.tries:
             continue
         uses = model.session_uses(scope)
         if uses:
+            # On SQLite a statement that fails leaves the transaction as it was.
+            failing = _WRITES if sqlite_alone else _FAILS
             for node, block in scope.tries:
-                yield from _judge_try(model, scope, node, block, uses)
+                yield from _judge_try(model, scope, node, block, uses, failing)
+
+
+def _speaks_sqlite_alone(model: Model) -> bool:
+    """Return whether each engine of the project is one of SQLite, by the text of its URL."""
+    urls = [
+        ast.unparse(call.node).lower()
+        for scope, call in model.calls_of(("create_engine", "create_async_engine"))
+        if model.value(call.node, scope) is not None
+    ]
+    return bool(urls) and all("sqlite" in url for url in urls)
 
 
 def _judge_try(
-    model: Model, scope: Scope, node: ast.Try, block: Block, known: list[tuple[str, Use, Value]]
+    model: Model,
+    scope: Scope,
+    node: ast.Try,
+    block: Block,
+    known: list[tuple[str, Use, Value]],
+    may_fail: frozenset[str],
 ) -> Iterator[Finding]:
     uses = [(path, use) for path, use, _ in known]
     tried = [
         (path, use)
         for path, use in uses
-        if use.name in _FAILS
+        if use.name in may_fail
         and _directly_in(use.block, node)
         and not _in_savepoint(use.block, node)
     ]
