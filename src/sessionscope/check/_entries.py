@@ -35,7 +35,7 @@ def is_called_by_others(model: Model, function: Scope) -> bool:
         or is_callback(model, function)
         or is_started(model, function)
         or any(_registers(model, node, function) for node in function.decorators)
-        or _ASGI <= function.bindings.keys()
+        or function.bindings.keys() >= _ASGI
     )
 
 

@@ -65,7 +65,8 @@ def _judge_session(model: Model, session: Owned) -> Iterator[Finding]:
         found.given.discard(id(use.node))
         found.used.add(id(use.owner))
     # What fails before the `yield` is no consumer's error.
-    first = min(position(use.node) for use in yields)
+    made = position(session.made)
+    first = min((position(u.node) for u in yields if position(u.node) > made), default=made)
     found.used -= {
         id(node)
         for use in scope.uses[session.name]
