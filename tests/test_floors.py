@@ -40,7 +40,7 @@ FLOORS = [
 # Stands beside the house: what is in it knows nothing of the rest, and only `_cli` knows it.
 TOWER = "check"
 # These alone may import at first use; the faces name their homes and load none.
-LAZY = {"", "testing", "pytest_plugin"}
+LAZY = {"", "check", "testing", "pytest_plugin"}
 
 
 def name_of(path: Path) -> str:

@@ -146,10 +146,19 @@ def test_links_in_circles_are_not_followed(folder: Path, command: Command) -> No
     (folder / "self").symlink_to(folder, target_is_directory=True)
     (folder / "again.py").symlink_to(folder / "app.py")
     (folder / "dangling.py").symlink_to(folder / "nowhere.py")
+    (folder / "circle.py").symlink_to(folder / "circle.py")
     code, out, _ = command("check", ".")
     assert code == 2
     assert out.count("SES102") == 1
     assert "dangling.py:1: No such file or directory\n" in out
+    assert "circle.py:1: Too many levels of symbolic links\n" in out
+
+
+def test_what_is_no_file_is_not_waited_for(folder: Path, command: Command) -> None:
+    """A pipe called ``x.py`` would never end."""
+    os.mkfifo(folder / "pipe.py")
+    (folder / "folder.py").mkdir()
+    assert command("check", ".")[1].startswith("Nothing was checked")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root can read everything")
@@ -319,7 +328,7 @@ def test_the_cache_answers_until_a_file_changes(
 ) -> None:
     (folder / "app.py").write_text(LEAK)
     first = command("check", ".")
-    monkeypatch.setattr("sessionscope.check._command.run", None)  # the cache alone can answer
+    monkeypatch.setattr("sessionscope.check._run.run", None)  # the cache alone can answer
     assert command("check", ".") == first
     monkeypatch.undo()
     monkeypatch.chdir(folder)
@@ -358,24 +367,31 @@ def test_rules_lists_and_explain_shows_the_page(command: Command) -> None:
 def test_the_checker_loads_nothing_but_the_standard_library(folder: Path, arguments: str) -> None:
     """Neither SQLAlchemy, nor LibCST, nor a framework: in a fresh interpreter."""
     (folder / "app.py").write_text(LEAK)
-    script = (
-        "import sys\nfrom sessionscope._cli import main\n"
-        f"main({arguments.split()!r})\n"
-        "print(sorted(sys.modules), file=sys.stderr)\n"
-    )
-    source = Path(_cli.__file__).parents[1]
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-I",
-            "-S",
-            "-c",
-            f"import sys; sys.path.insert(0, {str(source)!r})\n{script}",
-        ],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = fresh(arguments)
     loaded = {name.partition(".")[0] for name in eval(done.stderr)}
     assert loaded - sys.stdlib_module_names - {"__main__"} == {"sessionscope"}
     assert "sessionscope._unit" not in eval(done.stderr)
+
+
+def test_a_run_from_the_cache_loads_no_rule(folder: Path) -> None:
+    """Nor the walk: the time of such a run is that of its imports."""
+    (folder / "app.py").write_text(LEAK)
+    first, done = fresh("check app.py"), fresh("check app.py")
+    assert done.stdout == first.stdout
+    loaded = eval(done.stderr)
+    assert "sessionscope.check._cache" in loaded
+    heavy = {"_walk", "_model", "_run", "_rules", "_sarif"}
+    assert not {f"sessionscope.check.{name}" for name in heavy} & set(loaded)
+    assert "importlib.metadata" not in loaded
+
+
+def fresh(arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the command in an interpreter of its own, which tells what it has loaded."""
+    script = (
+        f"import sys; sys.path.insert(0, {str(Path(_cli.__file__).parents[1])!r})\n"
+        "from sessionscope._cli import main\n"
+        f"main({arguments.split()!r})\n"
+        "print(sorted(sys.modules), file=sys.stderr)\n"
+    )
+    command = [sys.executable, "-I", "-S", "-c", script]
+    return subprocess.run(command, capture_output=True, text=True, check=True)

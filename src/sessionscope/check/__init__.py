@@ -3,43 +3,34 @@
 It reads source code and runs none of it; nothing but the standard library is needed.
 """
 
-import os
-from collections.abc import Iterable
-from pathlib import Path
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from sessionscope.check._config import Config, UsageError
-from sessionscope.check._files import Problem, discover
-from sessionscope.check._finding import Finding, Rule
-from sessionscope.check._run import run, run_source
-from sessionscope.check._versions import fastapi_version
+if TYPE_CHECKING:
+    from sessionscope.check._api import check_paths, check_source
+    from sessionscope.check._config import Config, UsageError
+    from sessionscope.check._finding import Finding, Rule
 
 __all__ = ["Config", "Finding", "Rule", "UsageError", "check_paths", "check_source"]
 
-
-def check_paths(
-    paths: Iterable[str | os.PathLike[str]], config: Config | None = None
-) -> list[Finding]:
-    """Check the files at and below *paths* as one project and return the findings.
-
-    What cannot be read or parsed is left out. Without *config* the defaults apply,
-    not those of a pyproject.toml.
-    """
-    config = config or Config()
-    problems: list[Problem] = []
-    given = list(paths)
-    files = discover(given, config.exclude, problems)
-    folder = Path(given[0]).resolve() if given else Path.cwd()
-    return run(files, config, fastapi_version(folder)).findings
+_HOMES = {
+    "Config": "_config",
+    "Finding": "_finding",
+    "Rule": "_finding",
+    "UsageError": "_config",
+    "check_paths": "_api",
+    "check_source": "_api",
+}
 
 
-def check_source(
-    source: str | bytes, path: str = "source.py", config: Config | None = None
-) -> list[Finding]:
-    """Check one piece of source code and return the findings.
+def __getattr__(name: str) -> Any:
+    # Resolved at first use: a run that the cache answers needs little of it.
+    if name not in _HOMES:
+        raise AttributeError(f"module 'sessionscope.check' has no attribute {name!r}")
+    value = getattr(import_module(f"sessionscope.check.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
 
-    FastAPI is taken to be the newest. Raises SyntaxError if *source* cannot be parsed.
-    """
-    report = run_source(source, path, config or Config(), None)
-    for problem in report.problems:
-        raise SyntaxError(problem.text, (problem.path, problem.line, None, None))
-    return report.findings
+
+def __dir__() -> list[str]:
+    return __all__

@@ -11,8 +11,7 @@ from typing import Any
 
 from sessionscope.check._config import Config
 from sessionscope.check._files import Problem, SourceFile
-from sessionscope.check._finding import Evidence, Finding
-from sessionscope.check._run import Report
+from sessionscope.check._finding import Evidence, Finding, Report
 from sessionscope.check._versions import Version
 
 _FOLDER = ".sessionscope_cache"
@@ -70,9 +69,9 @@ def _key(files: Iterable[SourceFile], config: Config, version: Version | None) -
     return digest.hexdigest()
 
 
-def _stamp(path: Path) -> bytes:
+def _stamp(path: str | Path) -> bytes:
     try:
-        found = path.stat()
+        found = os.stat(path)  # noqa: PTH116 - thousands of times
     except OSError:
         return b"?"
     return f"{found.st_mtime_ns} {found.st_size} {found.st_ino};".encode()

@@ -6,18 +6,15 @@ import sys
 from collections.abc import Iterable
 from dataclasses import replace
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
+from sessionscope.check import _registry
 from sessionscope.check._cache import Cache
 from sessionscope.check._config import Config, UsageError, checked, load
 from sessionscope.check._files import Problem, SourceFile, discover
-from sessionscope.check._finding import CONFIDENCES
-from sessionscope.check._providers import describe
-from sessionscope.check._registry import RULES
+from sessionscope.check._finding import CONFIDENCES, Report
 from sessionscope.check._report import as_json, github, statistics, text
-from sessionscope.check._run import Project, Report, quietly, run
-from sessionscope.check._sarif import sarif
 from sessionscope.check._versions import Version, fastapi_version
 
 CLEAN, FOUND, UNUSABLE = 0, 1, 2
@@ -54,7 +51,7 @@ def add_explain(parser: argparse.ArgumentParser) -> None:
 
 def explain(arguments: argparse.Namespace) -> int:
     """Print the page of a rule."""
-    rule = RULES.get(arguments.code.upper())
+    rule = _registry.RULES.get(arguments.code.upper())
     if rule is None:
         return _unusable(f"no rule is called {arguments.code!r}: `sessionscope rules` lists them")
     print(f"# {rule.code} {rule.name}\n\n{rule.page}")
@@ -63,7 +60,7 @@ def explain(arguments: argparse.Namespace) -> int:
 
 def rules(_: argparse.Namespace) -> int:
     """Print the list of rules."""
-    for rule in RULES.values():
+    for rule in _registry.RULES.values():
         print(f"{rule.code}  {rule.name:<32}{rule.default:<8}{rule.summary}")
     return CLEAN
 
@@ -117,20 +114,31 @@ def _report(
     files: list[SourceFile], config: Config, framework: Version | None, *, cached: bool
 ) -> Report:
     if not cached:
-        return run(files, config, framework)
+        return _run(files, config, framework)
     cache = Cache(files, config, framework)
     report = cache.load()
     if report is None:
-        report = run(files, config, framework)
+        report = _run(files, config, framework)
         cache.store(report)
     return report
 
 
+def _run(files: list[SourceFile], config: Config, framework: Version | None) -> Report:
+    report: Report = _loaded("_run").run(files, config, framework)
+    return report
+
+
+def _loaded(name: str) -> Any:
+    """Return a module of the checker that a run from the cache does without."""
+    return import_module(f"sessionscope.check.{name}")
+
+
 def _print_providers(files: list[SourceFile], config: Config, framework: Version | None) -> int:
-    with quietly():
-        project = Project(config, framework)
+    running = _loaded("_run")
+    with running.quietly():
+        project = running.Project(config, framework)
         project.read(files)
-        for line in describe(project.model()):
+        for line in _loaded("_providers").describe(project.model()):
             print(line)
     return CLEAN
 
@@ -144,15 +152,17 @@ def _fixed(
     unsafe: bool,
 ) -> Report:
     try:
-        fix = import_module("sessionscope.check._fix")
+        fix = _loaded("_fix")
     except ModuleNotFoundError as error:
         if error.name != "libcst":
             raise
         print('Fixes need LibCST: pip install "sessionscope[codemod]"', file=sys.stderr)
         return report
-    number = fix.apply(report.findings, {file.path: file.full for file in files}, unsafe=unsafe)
+    number = fix.apply(
+        report.findings, {file.path: Path(file.full) for file in files}, unsafe=unsafe
+    )
     print(f"Fixed {number} finding{'' if number == 1 else 's'}.", file=sys.stderr)
-    return run(files, config, framework) if number else report
+    return _run(files, config, framework) if number else report
 
 
 def _print(report: Report, arguments: argparse.Namespace) -> None:
@@ -160,7 +170,7 @@ def _print(report: Report, arguments: argparse.Namespace) -> None:
         case "json":
             print(as_json(report))
         case "sarif":
-            print(sarif(report, _version()))
+            print(_loaded("_sarif").sarif(report, _version()))
         case "github":
             print(*github(report), sep="\n")
         case _:
@@ -174,7 +184,8 @@ def _print(report: Report, arguments: argparse.Namespace) -> None:
 
 
 def _version() -> str:
+    metadata = import_module("importlib.metadata")
     try:
-        return version("sessionscope")
-    except PackageNotFoundError:
+        return str(metadata.version("sessionscope"))
+    except metadata.PackageNotFoundError:
         return "0"

@@ -36,3 +36,46 @@ def commits_at_end(model: Model, scope: Scope, node: ast.expr) -> bool:
 
 def _commits_itself(model: Model, function: Scope, found: Value) -> bool:
     return function.is_generator and late_commit(model, function) is not None
+
+
+def decorator_commits(model: Model, function: Scope) -> tuple[Scope, ast.expr] | None:
+    """Return where a decorator of the project commits for *function* once it has returned."""
+    for node in function.decorators:
+        plain = node.func if isinstance(node, ast.Call) else node
+        found = model.value(plain, function.parent or function)
+        decorator = found.target if found is not None and found.kind == "function" else None
+        if isinstance(decorator, Scope):
+            for wrapper in decorator.within():
+                commit = _commit_after_call(model, wrapper, decorator)
+                if commit is not None:
+                    return wrapper, commit
+    return None
+
+
+def _commit_after_call(model: Model, wrapper: Scope, decorator: Scope) -> ast.expr | None:
+    for call in wrapper.calls:
+        if not _is_decorated(call.node.func, wrapper, decorator):
+            continue
+        for block in call.block.chain():
+            if block.kind == "with" and isinstance(block.node, ast.With | ast.AsyncWith):
+                for item in block.node.items:
+                    if commits_at_end(model, wrapper, item.context_expr):
+                        return item.context_expr
+        for uses in wrapper.uses.values():
+            for use in uses:
+                late = use.role == "method" and position(use.node) > position(call.node)
+                if late and use.name == "commit":
+                    return use.node
+    return None
+
+
+def _is_decorated(node: ast.expr, wrapper: Scope, decorator: Scope) -> bool:
+    """Return whether *node* is a parameter of the decorator, or of a function inside of it."""
+    if not isinstance(node, ast.Name) or node.id in wrapper.bindings:
+        return False
+    return any(
+        binding.kind == "parameter"
+        for around in wrapper.around()
+        if around in list(decorator.within())
+        for binding in around.bindings.get(node.id, ())
+    )

@@ -6,9 +6,9 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
+from sessionscope.check import _registry
 from sessionscope.check._files import matches
 from sessionscope.check._finding import CONFIDENCES, Confidence, Finding
-from sessionscope.check._registry import RULES
 
 UNUSED_NOQA = "SES100"
 
@@ -34,14 +34,14 @@ class Config:
         """Return the codes of the rules to apply."""
         return [
             code
-            for code, rule in RULES.items()
+            for code, rule in _registry.RULES.items()
             if (_meant(code, self.select) if self.select else rule.default != "opt-in")
             and not _meant(code, self.ignore)
         ]
 
     def wants(self, finding: Finding) -> bool:
         """Return whether *finding* is sure enough and not ignored in its file."""
-        rule = RULES[finding.code]
+        rule = _registry.RULES[finding.code]
         asked = self.confidence
         if asked is None:
             named = _meant(finding.code, self.select)
@@ -73,7 +73,7 @@ def checked(codes: Iterable[str]) -> tuple[str, ...]:
     """Return *codes* if each means a rule."""
     found = tuple(code.strip().upper() for code in codes if code.strip())
     for code in found:
-        if code != "ALL" and not any(c.startswith(code) for c in (*RULES, UNUSED_NOQA)):
+        if code != "ALL" and not any(c.startswith(code) for c in (*_registry.CODES, UNUSED_NOQA)):
             raise UsageError(f"no rule is called {code!r}: `sessionscope rules` lists them")
     return found
 

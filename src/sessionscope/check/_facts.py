@@ -131,12 +131,13 @@ class Scope:
         self.bindings: dict[str, list[Binding]] = {}
         self.uses: dict[str, list[Use]] = {}
         self.calls: list[CallFact] = []
-        self.children: list[Scope] = []
-        self.returns: list[Outcome] = []
-        self.yields: list[Outcome] = []
-        self.tries: list[tuple[ast.Try, Block]] = []
-        self.withs: list[tuple[ast.With | ast.AsyncWith, Block]] = []
-        self.globals: set[str] = set()
+        # Tuples, because most stay empty, and a project has a hundred thousand scopes.
+        self.children: tuple[Scope, ...] = ()
+        self.returns: tuple[Outcome, ...] = ()
+        self.yields: tuple[Outcome, ...] = ()
+        self.tries: tuple[tuple[ast.Try, Block], ...] = ()
+        self.withs: tuple[tuple[ast.With | ast.AsyncWith, Block], ...] = ()
+        self.globals: frozenset[str] = frozenset()
         self.memo: dict[object, object] = {}
 
     def __repr__(self) -> str:

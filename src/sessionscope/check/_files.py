@@ -1,15 +1,22 @@
-"""From paths to source files, whatever they hold, and to their syntax trees."""
+"""From paths to the source files at and below them."""
 
-import ast
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from sessionscope.check._facts import words
-
-_SKIPPED = words(
-    "__pycache__ node_modules site-packages venv env build dist buck-out __pypackages__"
+_SKIPPED = frozenset(
+    [
+        "__pycache__",
+        "node_modules",
+        "site-packages",
+        "venv",
+        "env",
+        "build",
+        "dist",
+        "buck-out",
+        "__pypackages__",
+    ]
 )
 
 
@@ -18,7 +25,7 @@ class SourceFile(NamedTuple):
 
     path: str  # as it is reported: relative to the working directory where it can be
     local: str  # relative to the folder that was named, to tell tests from the rest
-    full: Path
+    full: str
 
 
 class Problem(NamedTuple):
@@ -38,37 +45,66 @@ def discover(
     for given in paths:
         root = Path(given)
         if root.is_dir():
-            files: Iterable[Path] = _below(root, problems)
+            base, files = root, _below(str(root), problems)
         elif root.exists():
-            files = [root]
+            base, files = root.parent, iter([(str(root), True)])
         else:
             problems.append(Problem(str(given), 1, "no such file or folder"))
             continue
-        base = root if root.is_dir() else root.parent
-        for file in files:
-            shown = _shown(file)
-            if not any(_matches(shown, pattern) for pattern in patterns):
-                local = file.relative_to(base).as_posix()
-                found.setdefault(os.path.realpath(file), SourceFile(shown, local, file))
+        # Plain strings from here on: what follows is done for each of thousands of files.
+        shown, real = _folder(_shown(base)), _folder(os.path.realpath(base))
+        start = len(_folder(str(base)))
+        for full, is_link in files:
+            local = full[start:].replace(os.sep, "/")
+            path = shown + local
+            if not any(matches(path, pattern) for pattern in patterns):
+                target = os.path.realpath(full) if is_link else real + full[start:]
+                found.setdefault(target, SourceFile(path, local, full))
     return sorted(found.values())
 
 
-def _below(root: Path, problems: list[Problem]) -> Iterator[Path]:
-    def unreadable(error: OSError) -> None:
-        problems.append(Problem(_shown(Path(error.filename)), 1, error.strerror or "unreadable"))
-
-    # Links to folders are not followed: they lead in circles.
-    for folder, folders, files in os.walk(root, onerror=unreadable):
-        folders[:] = sorted(f for f in folders if not _is_skipped(folder, f))
-        for file in sorted(files):
-            if file.endswith(".py"):
-                yield Path(folder, file)
+def _folder(path: str) -> str:
+    """Return what the paths below the folder *path* begin with; those of "." with nothing."""
+    return "" if path == "." else path.removesuffix("/") + "/"
 
 
-def _is_skipped(folder: str, name: str) -> bool:
-    if name in _SKIPPED or name.startswith(".") or name.endswith(".egg-info"):
-        return True
-    return os.path.exists(os.path.join(folder, name, "pyvenv.cfg"))  # noqa: PTH110, PTH118 - per folder
+def _below(root: str, problems: list[Problem]) -> Iterator[tuple[str, bool]]:
+    """Yield the Python files below *root*, and whether each is a link."""
+    waiting = [root]
+    while waiting:
+        folder = waiting.pop()
+        try:
+            with os.scandir(folder) as found:
+                entries = sorted(found, key=lambda entry: entry.name)
+        except OSError as error:
+            problems.append(Problem(_shown(Path(folder)), 1, error.strerror or "unreadable"))
+            continue
+        if folder != root and any(entry.name == "pyvenv.cfg" for entry in entries):
+            continue  # a virtual environment
+        inner: list[str] = []
+        for entry in entries:
+            # Links to folders are not followed: they lead in circles.
+            if entry.is_dir(follow_symlinks=False):
+                if not _is_skipped(entry.name):
+                    inner.append(entry.path)
+            elif entry.name.endswith(".py"):
+                is_link = entry.is_symlink()
+                if entry.is_file(follow_symlinks=False) or (
+                    is_link and not _leads_to_folder(entry)
+                ):
+                    yield entry.path.removeprefix("./"), is_link
+        waiting += reversed(inner)
+
+
+def _leads_to_folder(link: os.DirEntry[str]) -> bool:
+    try:
+        return link.is_dir()
+    except OSError:  # a circle of links
+        return False
+
+
+def _is_skipped(name: str) -> bool:
+    return name in _SKIPPED or name.startswith(".") or name.endswith(".egg-info")
 
 
 def _shown(path: Path) -> str:
@@ -79,35 +115,9 @@ def _shown(path: Path) -> str:
         return Path(full).as_posix()
 
 
-def _matches(path: str, pattern: str) -> bool:
-    """A pattern names a file, a folder with all below it, or is a glob over the path."""
+def matches(path: str, pattern: str) -> bool:
+    """Return whether *pattern* means *path*: a file, a folder with all below it, or a glob."""
     plain = pattern.rstrip("/")
     if path == plain or path.startswith(plain + "/") or f"/{plain}/" in f"/{path}":
         return True
     return Path(path).match(pattern)
-
-
-def matches(path: str, pattern: str) -> bool:
-    """Return whether *path* is meant by *pattern*."""
-    return _matches(path, pattern)
-
-
-def parse(source: bytes, path: str, problems: list[Problem]) -> ast.Module | None:
-    """Return the syntax tree, or report in one line why there is none."""
-    try:
-        return ast.parse(source)
-    except SyntaxError as error:
-        problems.append(Problem(path, error.lineno or 1, f"cannot be parsed: {error.msg}"))
-    except (ValueError, RecursionError, MemoryError, LookupError) as error:
-        text = str(error).partition("\n")[0] or type(error).__name__
-        problems.append(Problem(path, 1, f"cannot be parsed: {text}"))
-    return None
-
-
-def read(file: SourceFile, problems: list[Problem]) -> bytes | None:
-    """Return what the file holds, or report why it cannot be read."""
-    try:
-        return file.full.read_bytes()
-    except OSError as error:
-        problems.append(Problem(file.path, 1, error.strerror or "cannot be read"))
-    return None

@@ -1,9 +1,11 @@
-"""What the checker says: findings with their evidence, and the rules that find them."""
+"""What the checker says: findings with their evidence, the report, and the rules behind it."""
 
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
+
+from sessionscope.check._files import Problem
 
 Confidence = Literal["high", "medium", "low"]
 CONFIDENCES: tuple[Confidence, ...] = ("low", "medium", "high")
@@ -61,6 +63,16 @@ class Finding:
             replace(step, path=path) if step.path == self.path else step for step in self.evidence
         )
         return replace(self, path=path, evidence=steps)
+
+
+@dataclass(slots=True)
+class Report:
+    """What a run found, what it could not check, and how much it saw."""
+
+    findings: list[Finding] = field(default_factory=list[Finding])
+    problems: list[Problem] = field(default_factory=list[Problem])
+    files: int = 0
+    lines: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 import ast
 
-from sessionscope.check._committing import commits_at_end
+from sessionscope.check._committing import commits_at_end, decorator_commits
 from sessionscope.check._facts import Block, Scope, Use, position
 from sessionscope.check._model import Because, Called, Model
 from sessionscope.check._ownership import CLOSING, own_name, stored_in
@@ -13,11 +13,11 @@ _HTTP_METHODS = frozenset({"get", "post", "put", "patch", "delete", "head", "opt
 
 
 def goes_on(
-    model: Model, scope: Scope, path: str, use: Use, value: Value, *, wrote: bool
+    model: Model, scope: Scope, path: str, use: Use, value: Value, *, expected: bool
 ) -> Because | None:
     """Return who uses the session *path* after *scope* was left as if all was well.
 
-    Where no caller is known, a failed write (*wrote*) is taken to matter to them.
+    Where no caller is known, an error that is to be *expected* is taken to matter to them.
     """
     commit = _block_that_commits(model, scope, path, use.block)
     if commit is not None:
@@ -26,8 +26,11 @@ def goes_on(
         return _other_method(scope, path)
     bindings = scope.bindings.get(path, [])
     if len(bindings) == 1 and bindings[0].kind == "parameter" and value.received:
-        return _caller(model, scope, wrote=wrote)
-    if value.scoped and wrote and "." in path and not _ends_request(model, scope):
+        decorated = decorator_commits(model, scope)
+        if decorated is not None:
+            return Because(*decorated, "and its decorator commits here")
+        return _caller(model, scope, expected=expected)
+    if value.scoped and expected and "." in path and not _ends_request(model, scope):
         return Because(scope, scope.function, "the rest of the request has the same session")
     return None
 
@@ -56,7 +59,7 @@ def _other_method(scope: Scope, path: str) -> Because | None:
     return None
 
 
-def _caller(model: Model, scope: Scope, *, wrote: bool) -> Because | None:
+def _caller(model: Model, scope: Scope, *, expected: bool) -> Because | None:
     """The caller holds the session, and goes on with it."""
     if _ends_request(model, scope):
         return None
@@ -65,7 +68,7 @@ def _caller(model: Model, scope: Scope, *, wrote: bool) -> Because | None:
         later = _use_after(model, called)
         if later is not None:
             return Because(called.scope, later, f"`{called.scope.name}` goes on with it here")
-    if callers or not wrote:
+    if callers or not expected:
         return None
     return Because(scope, scope.function, "the caller goes on with it")
 

@@ -189,6 +189,18 @@ class Model:
         function.memo["callers"] = found
         return found
 
+    @cached_property
+    def handed(self) -> dict[str, list[tuple[Scope, ast.expr]]]:
+        """The names that are arguments of calls, by their last part, with where they stand."""
+        found: dict[str, list[tuple[Scope, ast.expr]]] = {}
+        for scope in self.scopes:
+            for call in scope.calls:
+                for node in (*call.node.args, *(k.value for k in call.node.keywords)):
+                    name = (dotted(node) or "").rpartition(".")[2]
+                    if name:
+                        found.setdefault(name, []).append((scope, node))
+        return found
+
     def passed(self, function: Scope, name: str) -> Value | None:
         """Return what the first callers that are known pass to the parameter *name*."""
         if not function.module.relevant or is_test(function.module):

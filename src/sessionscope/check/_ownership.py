@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from sessionscope.check._behaviour import session_by_use
-from sessionscope.check._facts import Binding, Scope, Use, parameters, receiver, words
+from sessionscope.check._facts import Binding, Scope, Use, last_name, parameters, receiver, words
 from sessionscope.check._model import Model
 from sessionscope.check._paths import Marks
 from sessionscope.check._values import Value
@@ -69,6 +69,8 @@ def _closed_by_hand(model: Model, scope: Scope, name: str, made: ast.Call) -> bo
         use.role == "method" and use.name in {"close", "aclose"} for use in scope.uses.get(name, ())
     ):
         return False
+    if last_name(made) in {"pop", "get", "getattr", "next"}:
+        return False  # somebody put it there
     known = model.value(made, scope)
     vague = known is None or (known.kind in {"external", "instance"} and known.target is None)
     return vague and session_by_use(name, scope, model.value) is not None
@@ -125,7 +127,26 @@ def marks(model: Model, session: Owned) -> Marks:
             found.opened.add(id(made))
     for use in scope.uses.get(session.name, ()):
         _mark(model, scope, use, found)
+    found.flags.update(_flags(scope, session.name, session.binding))
     return found
+
+
+def _flags(scope: Scope, session: str, made: Binding) -> Iterator[str]:
+    """Yield the names that are true where the session was made, and nowhere else."""
+    for name, bindings in scope.bindings.items():
+        match bindings[0].value:
+            case ast.Compare(left=ast.Name(id=asked), ops=[ast.Is()]) if asked == session:
+                if len(bindings) == 1:
+                    yield name  # ``own = session is None``
+            case _:
+                pass
+        values = {
+            (b.value.value, b.block is made.block)
+            for b in bindings
+            if isinstance(b.value, ast.Constant) and isinstance(b.value.value, bool)
+        }
+        if len(bindings) == 2 and values == {(True, True), (False, False)}:
+            yield name
 
 
 def _mark(model: Model, scope: Scope, use: Use, found: Marks) -> None:

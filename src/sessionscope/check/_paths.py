@@ -23,6 +23,7 @@ class Marks:
     idle: set[int] = field(default_factory=set[int])
     used: set[int] = field(default_factory=set[int])
     given: set[int] = field(default_factory=set[int])  # handed to someone who owns it now
+    flags: set[str] = field(default_factory=set[str])  # names that are true where it was made
 
 
 @dataclass(slots=True)
@@ -137,7 +138,7 @@ class _Paths:
         """``if session:`` tells whether there is one."""
         present = state & ~ABSENT
         match test:
-            case ast.Name(id=name) if name == self.marks.name:
+            case ast.Name(id=name) if name == self.marks.name or name in self.marks.flags:
                 return present, state & (ABSENT | DONE)
             case ast.Compare(left=ast.Name(id=name), ops=[ast.IsNot()]) if name == self.marks.name:
                 return present, state & (ABSENT | DONE)
@@ -198,7 +199,7 @@ class _Paths:
             exits.take(rest)
             exits.falls = rest.falls
         # What raises may have raised at once, before the session was opened.
-        caught = tried.raised or state
+        caught = tried.raised or (DONE if self.closes(node.body[0]) else state)
         for handler in node.handlers:
             found = self.run(handler.body, caught)
             exits.take(found)
@@ -206,6 +207,10 @@ class _Paths:
         if not any(_catches_all(handler) for handler in node.handlers):
             exits.raised |= tried.raised
         return self.finished(node.finalbody, exits) if node.finalbody else exits
+
+    def closes(self, node: ast.stmt) -> bool:
+        """A close() that fails has closed the session all the same."""
+        return any(id(inner) in self.marks.closed for inner in _nodes(node))
 
     def finished(self, body: list[ast.stmt], exits: Exits) -> Exits:
         """Send each way out through the ``finally`` block."""

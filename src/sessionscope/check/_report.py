@@ -4,8 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 
-from sessionscope.check._finding import Finding
-from sessionscope.check._run import Report
+from sessionscope.check._finding import Finding, Report
 
 
 def text(report: Report) -> Iterator[str]:

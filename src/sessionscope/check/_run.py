@@ -4,29 +4,19 @@ import gc
 import warnings
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from sessionscope.check._config import Config
-from sessionscope.check._files import Problem, SourceFile, parse, read
-from sessionscope.check._finding import Finding
+from sessionscope.check._files import Problem, SourceFile
+from sessionscope.check._finding import Report
 from sessionscope.check._index import Index, module_name
 from sessionscope.check._infer import Inference
 from sessionscope.check._model import Model
 from sessionscope.check._noqa import Suppression, keep, suppressions, unused
+from sessionscope.check._parse import parse, read
 from sessionscope.check._registry import RULES
 from sessionscope.check._versions import Version
 from sessionscope.check._walk import walk
-
-
-@dataclass(slots=True)
-class Report:
-    """What a run found, what it could not check, and how much it saw."""
-
-    findings: list[Finding] = field(default_factory=list[Finding])
-    problems: list[Problem] = field(default_factory=list[Problem])
-    files: int = 0
-    lines: int = 0
 
 
 class Project:
@@ -43,7 +33,9 @@ class Project:
         """Read and walk *files*; what cannot be checked is a problem of the report."""
         files = list(files)
         packages = {
-            file.path.rpartition("/")[0] for file in files if file.full.name == "__init__.py"
+            file.path.rpartition("/")[0]
+            for file in files
+            if f"/{file.path}".endswith("/__init__.py")
         }
         for file in files:
             source = read(file, self.report.problems)

@@ -5,9 +5,8 @@ from typing import Any
 from urllib.parse import quote
 
 from sessionscope.check._config import UNUSED_NOQA
-from sessionscope.check._finding import Finding
+from sessionscope.check._finding import Finding, Report
 from sessionscope.check._registry import RULES
-from sessionscope.check._run import Report
 
 _SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
 

@@ -123,7 +123,7 @@ class _Walker:
     def define(self, node: ast.ClassDef | Function, kind: Literal["class", "function"]) -> Scope:
         name = "<lambda>" if isinstance(node, ast.Lambda) else node.name
         scope = Scope(kind, name, node, self.scope, self.module, self.block)
-        self.scope.children.append(scope)
+        self.scope.children += (scope,)
         self.module.scopes.append(scope)
         return scope
 
@@ -143,7 +143,7 @@ class _Walker:
             # What it binds and calls stays; the rest is most of what a file weighs.
             node.body = node.body[:1]
             scope.uses = {}
-            scope.withs, scope.tries = [], []
+            scope.withs, scope.tries = (), ()
 
     def decorators(self, node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> None:
         for decorator in node.decorator_list:
@@ -173,7 +173,7 @@ class _Walker:
 
         def work() -> None:
             self.parameters(node)
-            scope.returns.append(Outcome(node.body, node.body, self.block))
+            scope.returns += (Outcome(node.body, node.body, self.block),)
             self.expression(node.body, "return", node)
 
         self.enter(scope, work)
@@ -241,7 +241,7 @@ class _Walker:
     def return_(self, node: Any) -> None:
         if node.value is not None:
             self.expression(node.value, "return", node)
-        self.scope.returns.append(Outcome(node, node.value, self.block))
+        self.scope.returns += (Outcome(node, node.value, self.block),)
 
     def raise_(self, node: Any) -> None:
         for part in (node.exc, node.cause):
@@ -260,7 +260,7 @@ class _Walker:
                 self.expression(target, "other", node)
 
     def global_(self, node: Any) -> None:
-        self.scope.globals.update(node.names)
+        self.scope.globals |= frozenset(node.names)
 
     def if_(self, node: Any) -> None:
         self.expression(node.test, "test", node)
@@ -304,11 +304,11 @@ class _Walker:
                 self.bind(path, "with", target, item.context_expr)
             elif target is not None:
                 self.target(target, None, node)
-        self.scope.withs.append((node, self.block))
+        self.scope.withs += ((node, self.block),)
         self.inside("with", node, node.body)
 
     def try_(self, node: Any) -> None:
-        self.scope.tries.append((node, self.block))
+        self.scope.tries += ((node, self.block),)
         self.inside("try", node, node.body)
         for handler in node.handlers:
             if handler.type is not None:
@@ -433,7 +433,7 @@ class _Walker:
 
     def yield_(self, node: Any, role: Role, owner: ast.AST) -> None:
         self.scope.is_generator = True
-        self.scope.yields.append(Outcome(node, node.value, self.block))
+        self.scope.yields += (Outcome(node, node.value, self.block),)
         if node.value is not None:
             self.expression(node.value, "yield", node)
 

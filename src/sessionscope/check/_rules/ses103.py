@@ -36,7 +36,7 @@ Never in a server.
 import ast
 from collections.abc import Iterator
 
-from sessionscope.check._facts import Outcome, decorator_names
+from sessionscope.check._facts import Outcome, decorator_names, position
 from sessionscope.check._finding import Finding, Rule
 from sessionscope.check._model import Because, Model, is_migration
 from sessionscope.check._ownership import Owned, marks, nested_use, owned
@@ -64,6 +64,15 @@ def _judge_session(model: Model, session: Owned) -> Iterator[Finding]:
     for use in yields:
         found.given.discard(id(use.node))
         found.used.add(id(use.owner))
+    # What fails before the `yield` is no consumer's error.
+    made = position(session.made)
+    first = min((position(u.node) for u in yields if position(u.node) > made), default=made)
+    found.used -= {
+        id(node)
+        for use in scope.uses[session.name]
+        if position(use.node) < first
+        for node in (use.node, use.owner)
+    }
     exits, _ = leave(node.body, found)
     left = exits.raised | exits.falls | exits.returned
     if not left & OPEN and not (left & IDLE and not found.closed):

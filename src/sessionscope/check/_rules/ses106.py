@@ -2,8 +2,22 @@
 
 ## What it does
 
-Flags a function that makes a session and is neither an entry point (endpoint, task, command,
-script, start-up) nor a provider. Opt-in: ``--select SES106``.
+Flags a function that makes a session, although the code that calls it could hand it one. Opt-in:
+``--select SES106``. It does not flag
+
+- entry points: endpoints, tasks, commands, scripts, start-up, and what a library's decorator
+  registers;
+- providers: what yields or returns the session;
+- callbacks: a function that is handed to a thread, a scheduler, an event, or started for itself
+  (``asyncio.run(work())``), and what start-up and commands alone call;
+- methods that a base class declares, or a base class that the checker cannot see may declare. A
+  store behind an interface (``class SqlStore(Store)``) is the border of the unit of work: another
+  store may keep the same promise over HTTP, so that no caller has a session for it.
+
+What such a store does for itself is flagged: a helper that opens a second session, a method that
+the interface does not know. So is a class without an interface that keeps an engine or a factory
+(``self.session_factory``) and opens a session in each method: two of its methods in a row are two
+transactions.
 
 ## Why it bites in production
 
@@ -28,17 +42,18 @@ def get_user(session: Session, user_id):
 
 ## When to ignore
 
-Where a function is an entry point that the checker does not know as one.
+Where a function is an entry point that the checker does not know as one, or the class is the
+border of the unit of work by the project's own rule: ``per-file-ignores``.
 """
 
 import ast
 from collections.abc import Iterator
 
+from sessionscope.check._entries import is_called_by_others
 from sessionscope.check._facts import Scope
 from sessionscope.check._finding import Finding, Rule
 from sessionscope.check._model import Because, Model, is_migration
 from sessionscope.check._ownership import on_connection
-from sessionscope.check._values import Value
 
 
 def judge(model: Model) -> Iterator[Finding]:
@@ -46,22 +61,28 @@ def judge(model: Model) -> Iterator[Finding]:
     for scope in model.functions:
         if scope.function is None or is_migration(scope.module) or _may_open(model, scope):
             continue
-        for call in scope.calls:
-            value = model.session(call.node, scope)
-            if value is None or value.kind != "session" or on_connection(value):
-                continue
-            if value.fresh and value.node is call.node:
-                guarded = any(
-                    isinstance(b.node, ast.If) and "None" in ast.unparse(b.node.test)
-                    for b in call.block.chain()
-                )
-                if guarded or call.role in {"return", "yield", "element"}:
-                    continue
-                yield _finding(model, scope, call.node, value)
-                break
+        made = _made(model, scope)
+        if made is not None and not is_called_by_others(model, scope):
+            yield _finding(model, scope, made)
 
 
-def _finding(model: Model, scope: Scope, node: ast.Call, value: Value) -> Finding:
+def _made(model: Model, scope: Scope) -> ast.Call | None:
+    """Return the call with which *scope* makes a session for itself."""
+    for call in scope.calls:
+        value = model.session(call.node, scope)
+        if value is None or value.kind != "session" or on_connection(value):
+            continue
+        if value.fresh and value.node is call.node:
+            guarded = any(
+                isinstance(b.node, ast.If) and "None" in ast.unparse(b.node.test)
+                for b in call.block.chain()
+            )
+            if not guarded and call.role not in {"return", "yield", "element"}:
+                return call.node
+    return None
+
+
+def _finding(model: Model, scope: Scope, node: ast.Call) -> Finding:
     return model.finding(
         RULE,
         scope,
@@ -69,7 +90,10 @@ def _finding(model: Model, scope: Scope, node: ast.Call, value: Value) -> Findin
         f"`{scope.name}()` opens a session of its own: its work is a transaction apart from its "
         'caller\'s, on a second connection ("QueuePool limit reached" under load). Let it '
         "receive the session as a parameter",
-        because=[Because(scope, scope.function, f"`{scope.qualname}` is no entry point")],
+        because=[
+            Because(scope, scope.function, f"`{scope.qualname}` is no entry point"),
+            *(Because(c.scope, c.call.node, "is called here") for c in model.callers(scope)[:1]),
+        ],
     )
 
 

@@ -73,7 +73,7 @@ def _closes(use: Use) -> bool:
 
 
 def _received(model: Model, scope: Scope, path: str, use: Use) -> bool:
-    if _guarded(use.block) or _released_early(scope, path, use):
+    if _guarded(use.block) or _released_early(scope, path, use) or _done(model, scope, path, use):
         return False
     node = use.node
     if use.role == "method" and isinstance(node, ast.Call):
@@ -108,6 +108,19 @@ def _released_early(scope: Scope, path: str, use: Use) -> bool:
         isinstance(inner, ast.Await | ast.With | ast.AsyncWith | ast.For | ast.Try)
         for node in rest
         for inner in ast.walk(node)
+    )
+
+
+def _done(model: Model, scope: Scope, path: str, use: Use) -> bool:
+    """An endpoint that commits, closes and answers: its provider alone goes on, and closes too."""
+    return (
+        model.context(scope) == "endpoint"
+        and use.role == "method"
+        and all(
+            position(other.node) <= position(use.node) or other.block.kind == "except"
+            for other in scope.uses[path]
+        )
+        and any(other.name == "commit" and other.block is use.block for other in scope.uses[path])
     )
 
 

@@ -61,7 +61,7 @@ _SERVERS = frozenset(
 
 def judge(model: Model) -> Iterator[Finding]:
     """Find registries that live as long as their threads."""
-    if not model.libraries & _SERVERS or _removes(model):
+    if not model.libraries & _SERVERS or _removes(model) or _closes(model):
         return
     for module in model.modules:
         if model.is_script(module):
@@ -93,6 +93,15 @@ def _removes(model: Model) -> bool:
         for scope in model.scopes
         for uses in scope.uses.values()
         for use in uses
+    )
+
+
+def _closes(model: Model) -> bool:
+    """A provider that closes what the registry gave leaves nothing in it for the next request."""
+    return any(
+        value.scoped and use.name == "close" and any(b.kind == "finally" for b in use.block.chain())
+        for scope in model.functions
+        for _, use, value in model.session_uses(scope)
     )
 
 

@@ -106,7 +106,7 @@ def _blocks(model: Model, scope: Scope, call: CallFact, depth: int = 0) -> str |
     last = name.rpartition(".")[2]
     if name in _CALLS or name in model.blocking:
         return None if _is_instant(call.node) else name
-    if name.startswith(_MODULES) and last in _VERBS:
+    if name.startswith(_MODULES) and last in _VERBS and ".Response." not in name:
         return name
     if depth >= 2 or not isinstance(function, ast.Name | ast.Attribute):
         return None

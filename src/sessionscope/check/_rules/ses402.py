@@ -70,23 +70,41 @@ _ENDS = frozenset({"rollback", "close", "aclose", "remove", "invalidate", "reset
 
 def judge(model: Model) -> Iterator[Finding]:
     """Find transactions that go on after an error."""
+    sqlite_alone = _speaks_sqlite_alone(model)
     for scope in model.functions:
         if not scope.tries:
             continue
         uses = model.session_uses(scope)
         if uses:
+            # On SQLite a statement that fails leaves the transaction as it was.
+            failing = _WRITES if sqlite_alone else _FAILS
             for node, block in scope.tries:
-                yield from _judge_try(model, scope, node, block, uses)
+                yield from _judge_try(model, scope, node, block, uses, failing)
+
+
+def _speaks_sqlite_alone(model: Model) -> bool:
+    """Return whether each engine of the project is one of SQLite, by the text of its URL."""
+    urls = [
+        ast.unparse(call.node).lower()
+        for scope, call in model.calls_of(("create_engine", "create_async_engine"))
+        if model.value(call.node, scope) is not None
+    ]
+    return bool(urls) and all("sqlite" in url for url in urls)
 
 
 def _judge_try(
-    model: Model, scope: Scope, node: ast.Try, block: Block, known: list[tuple[str, Use, Value]]
+    model: Model,
+    scope: Scope,
+    node: ast.Try,
+    block: Block,
+    known: list[tuple[str, Use, Value]],
+    may_fail: frozenset[str],
 ) -> Iterator[Finding]:
     uses = [(path, use) for path, use, _ in known]
     tried = [
         (path, use)
         for path, use in uses
-        if use.name in _FAILS
+        if use.name in may_fail
         and _directly_in(use.block, node)
         and not _in_savepoint(use.block, node)
     ]
@@ -108,7 +126,7 @@ def _judge_try(
             then = Because(scope, after.node, "and the session is used again here")
             yield _finding(model, scope, handler, path, failing, caught, text, then)
             return
-        later = _left_behind(model, scope, node, path, failing, known)
+        later = _left_behind(model, scope, node, path, failing, caught, known)
         if later is not None:
             text = f"and whoever holds `{path}` goes on with it"
             yield _finding(model, scope, handler, path, failing, caught, text, later)
@@ -121,6 +139,7 @@ def _left_behind(
     node: ast.Try,
     path: str,
     failing: Use,
+    caught: str,
     known: list[tuple[str, Use, Value]],
 ) -> Because | None:
     """Return who goes on with the session after the function, unless it is ended here."""
@@ -129,8 +148,9 @@ def _left_behind(
         if other == path and use.name in _ENDS and position(use.node) > end:
             return None
     value = next(value for _, use, value in known if use is failing)
-    wrote = failing.name in _WRITES
-    return goes_on(model, scope, path, failing, value, wrote=wrote)
+    # Who catches an error of the database by its name has seen it come.
+    expected = failing.name in _WRITES or caught in _ERRORS
+    return goes_on(model, scope, path, failing, value, expected=expected)
 
 
 def _directly_in(block: Block, node: ast.Try) -> bool:
