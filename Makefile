@@ -50,7 +50,7 @@ lint: .venv/lint/ready ## check style, format and types
 	@$(lint_python) -m mypy
 	@$(lint_python) -m pyright --pythonpath $(lint_python)
 	@PYTHONPATH=src $(lint_python) -m sessionscope check src examples
-	@$(lint_python) -m pytest -q tests/test_init.py -k style_and_types
+	@$(lint_python) -m pytest -q tests/test_init.py -k style
 
 bench: .venv/bench/ready ## run the benchmarks (ARGS go to them)
 	@PYTHONPATH=src $(bench_python) -m benchmarks $(ARGS)

@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from alembic import context
-from app.models import Base
 from sqlalchemy import Connection, text
 
 from app.database import database
+from app.models import Base
 
 
 def migrate(connection: Connection) -> None:

@@ -1,10 +1,11 @@
 """The web side, request by request."""
 
 import pytest
-from app.models import Item
 from httpx2 import AsyncClient
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
+
+from app.models import Item
 
 pytestmark = pytest.mark.anyio
 

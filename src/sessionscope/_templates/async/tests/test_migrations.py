@@ -5,9 +5,10 @@ from typing import Any
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from app.models import Base
 from sessionscope import AsyncDatabase
 from sqlalchemy import Connection
+
+from app.models import Base
 
 
 @pytest.mark.anyio
