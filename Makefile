@@ -16,7 +16,7 @@ lint_extras := $(test_extras)
 bench_extras := $(test_extras)
 bench-fastapi-sqla_extras := $(demo_extras)
 
-.PHONY: help demo test test-all fuzz jobs lint bench scorecard requirements clean
+.PHONY: help demo test test-all fuzz jobs init-test lint bench scorecard requirements clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -40,12 +40,17 @@ jobs: .venv/test/ready ## run 2,000 Celery tasks on Redis and RabbitMQ, and kill
 	@CI=true JOBS_TASKS=2000 $(test_python) -m pytest --timeout=0 -o faulthandler_timeout=0 -s \
 		tests/jobs/test_celery.py -k killed
 
+init-test: .venv/test/ready ## time `sessionscope init` to a running app, in fresh environments
+	@INIT_TEST=1 $(test_python) -m pytest --timeout=0 -o faulthandler_timeout=0 -s \
+		tests/test_init.py -k running_application
+
 lint: .venv/lint/ready ## check style, format and types
 	@$(lint_python) -m ruff check .
 	@$(lint_python) -m ruff format --check .
 	@$(lint_python) -m mypy
 	@$(lint_python) -m pyright --pythonpath $(lint_python)
 	@PYTHONPATH=src $(lint_python) -m sessionscope check src examples
+	@$(lint_python) -m pytest -q tests/test_init.py -k style
 
 bench: .venv/bench/ready ## run the benchmarks (ARGS go to them)
 	@PYTHONPATH=src $(bench_python) -m benchmarks $(ARGS)

@@ -18,8 +18,9 @@ Named = Function | ast.ClassDef
 
 
 def texts(*folders: Path) -> dict[Path, str]:
-    """Return the text of every Python file below *folders*."""
-    return {path: path.read_text() for folder in folders for path in folder.rglob("*.py")}
+    """Return the text of every Python file below *folders*, but for what `init` writes."""
+    paths = (path for folder in folders for path in folder.rglob("*.py"))
+    return {path: path.read_text() for path in paths if "_templates" not in path.parts}
 
 
 def lines(sources: dict[Path, str]) -> int:

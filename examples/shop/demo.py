@@ -51,8 +51,7 @@ def welcome(address: str) -> str:
 def main() -> None:
     """Take the port first, then touch the database, then serve."""
     with listen(port_wanted()) as door:
-        with database.begin() as session:
-            create_and_fill(session)
+        create_and_fill(database)
         print(welcome(f"http://{HOST}:{door.getsockname()[1]}/"), flush=True)
         logging.basicConfig(format="%(levelname)s:     %(message)s")
         logging.getLogger("shop").setLevel(logging.INFO)

@@ -24,6 +24,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="sessionscope", description="One engine, one factory, one session per unit of work."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_init(commands.add_parser("init", help="write a new project"))
     command.add_check(commands.add_parser("check", help="find misuse of sessions in source code"))
     commands.add_parser("rules", help="list the rules of the checker").set_defaults(
         run=command.rules
@@ -83,3 +84,26 @@ def _positive(told: str) -> float:
     if not 0 < number < float("inf"):
         raise argparse.ArgumentTypeError(f"{told} is no number above 0")
     return number
+
+
+def _add_init(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", nargs="?", default=".", metavar="DIR", help="here, if left out")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument(
+        "--sync", dest="is_async", action="store_false", help="endpoints in `def` (the default)"
+    )
+    kind.add_argument(
+        "--async", dest="is_async", action="store_true", help="endpoints in `async def`"
+    )
+    parser.add_argument(
+        "--from",
+        dest="source",
+        metavar="PATH",
+        help="the wheel, sdist or checkout to install sessionscope from",
+    )
+    parser.set_defaults(is_async=False, run=_init)
+
+
+def _init(arguments: argparse.Namespace) -> int:
+    # What it needs to read archives and metadata would slow the checker down.
+    return int(import_module("sessionscope._project").init(arguments))

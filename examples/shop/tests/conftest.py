@@ -68,8 +68,7 @@ def load(url: str, monkeypatch: pytest.MonkeyPatch) -> Shop:
 def shop(url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shop]:
     """A shop with its first goods on the shelves."""
     shop = load(url, monkeypatch)
-    with shop.database.begin() as session:
-        create_and_fill(session)
+    create_and_fill(shop.database)
     yield shop
     shop.database.dispose()
 

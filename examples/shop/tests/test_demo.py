@@ -7,11 +7,8 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from importlib import import_module
 from pathlib import Path
-from threading import Barrier
 
 import pytest
 from sqlalchemy import func, select
@@ -60,28 +57,42 @@ def test_a_second_demo_finds_the_shelves_as_they_are(shop: Shop) -> None:
     """Seeding again adds nothing and resets nothing."""
     with shop.database.begin() as session:
         session.get_one(Item, 1).stock = 7
-    with shop.database.begin() as session:
-        create_and_fill(session)
+    create_and_fill(shop.database)
     with shop.database.begin(read_only=True) as session:
         assert session.scalar(select(func.count(User.id))) == 3
         assert session.scalars(select(Item.stock).order_by(Item.id)).all() == [7, 2000, 120, 3, 0]
 
 
-def test_demos_that_start_at_once_fill_the_shelves_once(url: str) -> None:
-    """Each has its own Database, as each has its own process."""
-    with ExitStack() as stack:
-        databases = [stack.enter_context(Database(url)) for _ in range(6)]
-        barrier = Barrier(len(databases))
-
-        def start(database: Database) -> None:
-            barrier.wait()
-            with database.begin() as session:
-                create_and_fill(session)
-
-        with ThreadPoolExecutor(len(databases)) as threads:
-            list(threads.map(start, databases))
-        with databases[0].begin(read_only=True) as session:
-            assert session.scalar(select(func.count(User.id))) == 3
+def test_demos_that_start_at_once_fill_the_shelves_once(
+    url: str, environment: dict[str, str]
+) -> None:
+    """Each in a process of its own, as it is: Alembic serves one thread of a process."""
+    start = (
+        "from sessionscope import Database; from shop.seed import create_and_fill; "
+        f"database = Database({url!r}); print(flush=True); input(); create_and_fill(database)"
+    )
+    demos = [
+        subprocess.Popen(
+            [sys.executable, "-c", start],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(4)
+    ]
+    for demo in demos:
+        assert demo.stdout is not None
+        demo.stdout.readline()
+    for demo in demos:
+        assert demo.stdin is not None
+        demo.stdin.write("\n")
+        demo.stdin.flush()
+    for demo in demos:
+        demo.communicate()
+    assert [demo.returncode for demo in demos] == [0] * 4
+    with Database(url) as database, database.begin(read_only=True) as session:
+        assert session.scalar(select(func.count(User.id))) == 3
 
 
 def test_an_occupied_port_is_one_line_and_nothing_is_half_started(run: Run, tmp_path: Path) -> None:

@@ -1,0 +1,41 @@
+"""The business: every function receives a session; none begins, commits or closes one."""
+
+from collections.abc import Sequence
+
+from sqlalchemy import select
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from .models import Item
+
+
+class NotFound(Exception):
+    """There is no such item."""
+
+
+class NameTaken(Exception):
+    """Another item has this name."""
+
+
+async def list_items(session: AsyncSession) -> Sequence[Item]:
+    """Return all items."""
+    return (await session.scalars(select(Item).order_by(Item.id))).all()
+
+
+async def get_item(session: AsyncSession, item_id: int) -> Item:
+    """Return the item, or raise NotFound."""
+    item = await session.get(Item, item_id)
+    if item is None:
+        raise NotFound(f"there is no item {item_id}")
+    return item
+
+
+async def create_item(session: AsyncSession, name: str) -> Item:
+    """Add an item, or raise NameTaken."""
+    item = Item(name=name)
+    session.add(item)
+    try:
+        await session.flush()
+    except IntegrityError as error:
+        raise NameTaken(f"there is an item {name!r} already") from error
+    return item

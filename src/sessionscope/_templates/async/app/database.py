@@ -1,0 +1,11 @@
+"""The Database of this process. The environment's DATABASE_URL names another one."""
+
+from pathlib import Path
+
+from sessionscope import AsyncDatabase
+from sqlalchemy import URL
+
+# Beside the application, whatever folder it is started from.
+EMBEDDED = URL.create("sqlite+aiosqlite", database=str(Path(__file__).parent.with_name("app.db")))
+
+database = AsyncDatabase.from_env("DATABASE_URL", default=EMBEDDED)

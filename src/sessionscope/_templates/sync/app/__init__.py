@@ -1,0 +1,1 @@
+"""The application: business in `crud`, the web side in `main`, its Database in `database`."""
