@@ -33,6 +33,7 @@ from sessionscope import Unit
 from sessionscope.testing._dialects import Dialect
 from sessionscope.testing._errors import PoolBusy, SandboxError, TransactionDoomed
 from sessionscope.testing._places import here
+from sessionscope.testing._running import Running
 from sessionscope.testing._turns import Turns
 
 _OUTERMOST = "sessionscope"
@@ -43,6 +44,7 @@ class Transaction:
     """What one user of the connection has done since its last commit or rollback."""
 
     __slots__ = (
+        "abandoned",
         "at_home",
         "autocommit",
         "begun_at",
@@ -68,13 +70,14 @@ class Transaction:
         self.unseen = False  # a cursor was made that may write what no one sees
         self.failed = False
         self.ended = False
+        self.abandoned = False  # to be ended at the next turn, whoever has it
         self.took_over: str | None = None  # where one has begun whose commit is now part of it
         self.undone_by: str | None = None  # what has rolled it back unasked
 
     @property
     def keeps_its_place(self) -> bool:
         """Whether it has written, or may have, and has not ended."""
-        return (self.wrote or self.unseen) and not self.ended
+        return (self.wrote or self.unseen) and not (self.ended or self.abandoned)
 
 
 # The transactions that the current flow of control, or one that started it, has begun.
@@ -84,7 +87,12 @@ _begun: ContextVar[tuple[Transaction, ...]] = ContextVar("sessionscope_begun", d
 class Stack:
     """The transactions on one connection, within one that never commits."""
 
-    def __init__(self, proxied: PoolProxiedConnection, dialect: SQLAlchemyDialect) -> None:
+    def __init__(
+        self,
+        proxied: PoolProxiedConnection,
+        dialect: SQLAlchemyDialect,
+        connect: Callable[[], Any],
+    ) -> None:
         self.real: Any = proxied.dbapi_connection
         self._driver_connection: Any = proxied.driver_connection
         self.is_async = dialect.is_async
@@ -97,10 +105,16 @@ class Stack:
         self._stack: list[Transaction] = []
         self._abandoned: list[Transaction] = []
         self._ended_by: str | None = None
+        self._running = Running(self.real, connect)
         self._complaint: str | None = None
         self._at_work: asyncio.Task[Any] | None = None
         self._dialect.begin()
         self._send(f"SAVEPOINT {_OUTERMOST}")
+
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether the garbage collector asks, in the middle of what this thread does here."""
+        return not self.is_async and self._turns.is_inside
 
     def expect(self, transaction: Transaction) -> None:
         """Make room for what a new cursor is about to send, unseen unless :meth:`run` follows."""
@@ -120,7 +134,8 @@ class Stack:
             if statement.startswith("SAVEPOINT"):  # to give up ours would end that one as well
                 transaction.wrote = True
             try:
-                self._execute(statement, execute)
+                with self._running.of(transaction):
+                    self._execute(statement, execute)
             except Exception:
                 transaction.failed = True
                 self._go_on_without(transaction)
@@ -132,6 +147,10 @@ class Stack:
                 raise
             if transaction.autocommit and transaction.wrote:
                 self._end(transaction)
+
+    def interrupt(self, transaction: Transaction | None) -> None:
+        """End the statement that is running if it is *transaction*'s, and not the connection."""
+        self._running.end(transaction)
 
     def commit(self, transaction: Transaction) -> None:
         """Let the transactions beneath have what *transaction* has written."""
@@ -152,9 +171,9 @@ class Stack:
             self._undo(transaction)
 
     def abandon(self, transaction: Transaction | None) -> None:
-        """Undo a transaction at the next turn: the garbage collector can wait for nothing."""
+        """End a transaction at the next turn: the garbage collector can wait for nothing."""
         if transaction is not None and transaction.savepoint is not None:
-            transaction.ended = True
+            transaction.abandoned = True
             self._abandoned.append(transaction)
 
     def finish(self, *, check: bool) -> None:
@@ -190,7 +209,7 @@ class Stack:
             if self._at_work is not None and not self._at_work.done():
                 await_only(asyncio.wait([self._at_work]))
             while self._abandoned and not self.is_over:
-                self._undo(self._abandoned.pop())
+                self._end_abandoned(self._abandoned.pop())
             yield
 
     def _holder_above(self, transaction: Transaction) -> Transaction | None:
@@ -227,6 +246,7 @@ class Stack:
             self._send(f"SAVEPOINT {name}")
         transaction.savepoint = name
         transaction.ended = transaction.failed = transaction.wrote = False
+        transaction.abandoned = False
         transaction.took_over = None
         transaction.at_home = threading.get_ident() == self._home
         transaction.begun_at = here()
@@ -238,7 +258,7 @@ class Stack:
     def _give_up_reader(self, transaction: Transaction) -> None:
         """Take the savepoint on top away if it is another one's, who has only read."""
         reader = self._stack[-1] if self._stack else transaction
-        if reader is transaction or reader.keeps_its_place or reader.ended:
+        if reader is transaction or reader.keeps_its_place or reader.ended or reader.abandoned:
             return
         del self._stack[-1]
         name, reader.savepoint = reader.savepoint, None
@@ -294,6 +314,12 @@ class Stack:
         self._end(transaction)
         if transaction.read_only:
             self._dialect.end_read_only()
+
+    def _end_abandoned(self, transaction: Transaction) -> None:
+        if transaction.autocommit and not (transaction.read_only or transaction.failed):
+            self._end(transaction)
+        else:
+            self._undo(transaction)
 
     def _end(self, transaction: Transaction) -> None:
         """Release the savepoints on top of which nothing goes on any more."""
