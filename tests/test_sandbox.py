@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import os
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -706,3 +707,60 @@ def test_a_deadline_that_is_over_elsewhere_leaves_the_statement_of_others_alone(
             assert other.scalar(text("SELECT 1 FROM pg_sleep(0.2)")) == 1
         session.execute(text("SELECT 1"))
     assert names(boxed) == []
+
+
+@pytest.mark.parametrize("url", ["postgres", "mysql"], indirect=True)
+def test_a_connection_that_is_lost_is_told_as_that(database: Database, url: str) -> None:
+    """A unit is not run again on it, and the next sandbox has another one."""
+    ask, kill = {
+        "postgresql": ("SELECT pg_backend_pid()", "SELECT pg_terminate_backend({})"),
+        "mysql": ("SELECT CONNECTION_ID()", "KILL {}"),
+    }[database.engine.dialect.name]
+    attempts: list[None] = []
+
+    def add(session: Session) -> None:
+        attempts.append(None)
+        session.add(Item(name="pear"))
+        session.flush()
+
+    with pytest.raises(SandboxError, match="connection of the sandbox was lost"):
+        with sandbox(database):
+            with database.engine.connect() as connection:
+                backend = connection.scalar(text(ask))
+            beside = create_engine(url, isolation_level="AUTOCOMMIT")
+            with beside.connect() as connection:
+                connection.execute(text(kill.format(backend)))
+            beside.dispose()
+            with pytest.raises(SandboxError, match="connection of the sandbox was lost"):
+                database.run(add)
+    assert len(attempts) == 1
+    with sandbox(database):
+        database.run(add)
+    assert names(database) == []
+
+
+@pytest.mark.parametrize("url", ["postgres", "sqlite-file"], indirect=True)
+def test_a_forked_child_is_told_that_it_is_not_in_it(boxed: Database) -> None:
+    with boxed.begin() as session:
+        session.add(Item(name="pear"))
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            names(boxed)
+        except SandboxError as error:
+            os.write(writer, str(error).encode())
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    os.close(writer)
+    with os.fdopen(reader) as told:
+        assert "was forked from one with a sandbox" in told.read()
+    assert names(boxed) == ["pear"]
+
+
+def test_one_on_the_engine_of_another_is_refused(boxed: Database) -> None:
+    other = Database("sqlite://")
+    with pytest.raises(ConfigurationError, match="in a sandbox already"):
+        with sandbox(other, bind=boxed.engine):
+            pass

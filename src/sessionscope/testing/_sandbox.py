@@ -145,7 +145,7 @@ def _kind(found: object) -> str:
 
 
 def _check(engine: Engine, bind: object) -> None:
-    if isinstance(engine.pool, SandboxPool):
+    if any(isinstance(getattr(each, "pool", None), SandboxPool) for each in (engine, bind)):
         raise exc.ConfigurationError(
             "This Database is in a sandbox already: one test has one. Put rows for many tests "
             "into the database before (fixture postgres_template)"

@@ -16,6 +16,7 @@ beneath, the test's own if one is open, and are undone with that.
 """
 
 import asyncio
+import os
 import threading
 import warnings
 from collections.abc import Callable, Generator, Mapping
@@ -94,6 +95,9 @@ class Stack:
         connect: Callable[[], Any],
     ) -> None:
         self.real: Any = proxied.dbapi_connection
+        self._proxied = proxied
+        self._process = os.getpid()
+        self._is_lost = False
         self._driver_connection: Any = proxied.driver_connection
         self.is_async = dialect.is_async
         self.is_over = False
@@ -136,8 +140,9 @@ class Stack:
             try:
                 with self._running.of(transaction):
                     self._execute(statement, execute)
-            except Exception:
+            except Exception as error:
                 transaction.failed = True
+                self._notice(error)
                 self._go_on_without(transaction)
                 raise
             except BaseException:  # cancelled, and it may be again at every await
@@ -167,6 +172,8 @@ class Stack:
         """Undo what *transaction* has written."""
         if transaction.savepoint is None or self.is_over or self._ended_by is not None:
             return
+        if self._is_lost or self._is_forked:
+            return
         with self._turn(transaction):
             self._undo(transaction)
 
@@ -180,13 +187,18 @@ class Stack:
         """Roll everything back, and raise what the test could not see of its own.
 
         *check* tells whether the test has ended normally so far: only then are the constraints
-        checked of what it has not committed.
+        checked of what it has not committed. Sends nothing in a forked child, whose parent goes on.
         """
+        if self._is_forked:
+            return
         with self._turn():
             self.is_over = True
             broken = self._broken_constraint() if check and self._ended_by is None else None
             undone = self._try(f"ROLLBACK TO SAVEPOINT {_OUTERMOST}")
-            self.real.rollback()
+            if self._is_lost:
+                self._proxied.invalidate()
+            else:
+                self.real.rollback()
         if not undone:
             raise self._escaped()
         if broken is not None:
@@ -205,6 +217,8 @@ class Stack:
         def too_late() -> Exception:
             return _too_late(holder())
 
+        if self._is_forked:
+            raise SandboxError(_FORKED)
         with self._turns.turn(is_possible, too_late):
             if self._at_work is not None and not self._at_work.done():
                 await_only(asyncio.wait([self._at_work]))
@@ -222,13 +236,17 @@ class Stack:
                 return None if waits or (is_new and other.at_home) else other
         return None
 
+    @property
+    def _is_forked(self) -> bool:
+        return os.getpid() != self._process
+
     def _refuse(self, transaction: Transaction) -> None:
         if self.is_over:
             raise SandboxError(
                 "This connection belongs to a sandbox that has ended: close the session, or "
                 "commit or roll it back, before the test ends"
             )
-        if self._ended_by is not None:
+        if self._ended_by is not None or self._is_lost:
             raise self._escaped()
         if transaction.undone_by is not None:
             raise TransactionDoomed(transaction.undone_by)
@@ -291,7 +309,7 @@ class Stack:
 
     def _go_on_without(self, transaction: Transaction) -> None:
         """End a failed transaction that was one statement, and is no one's to roll back."""
-        if not transaction.autocommit or self._ended_by is not None:
+        if not transaction.autocommit or self._ended_by is not None or self._is_lost:
             return
         if self._dialect.name == "postgresql":
             self._undo(transaction)
@@ -359,8 +377,17 @@ class Stack:
     def _send(self, statement: str) -> list[Any]:
         if self._dialect.name == "sqlite" and not self._is_in_transaction(statement):
             raise self._escaped()  # SAVEPOINT would begin, and RELEASE commit
-        rows: list[Any] = self._drive(partial(_execute, self.real, statement))
+        try:
+            rows: list[Any] = self._drive(partial(_execute, self.real, statement))
+        except self._errors.Error as error:
+            self._notice(error)
+            raise
         return rows
+
+    def _notice(self, error: Exception) -> None:
+        if isinstance(error, self._errors.Error):
+            lost = self._sqlalchemy.is_disconnect(error, self.real, None)
+            self._is_lost = self._is_lost or lost
 
     def _drive(self, work: Callable[[], Any], *, interruptible: bool = False) -> Any:
         """Let the driver *work*, to its end even if the task that waits for it is cancelled."""
@@ -390,6 +417,8 @@ class Stack:
         return True
 
     def _escaped(self) -> SandboxError:
+        if self._is_lost:
+            return SandboxError(_LOST)
         what = self._ended_by or "Something that the sandbox did not see"
         mend = (
             "On MySQL, DDL commits: create tables before the sandbox."
@@ -400,6 +429,17 @@ class Stack:
             f"{what} has ended the sandbox's transaction: what was written until then may be "
             f"stored for good, and other tests may see it. {mend}"
         )
+
+
+_LOST = (
+    "The connection of the sandbox was lost, and its transaction with it: nothing of it is stored, "
+    "and the test cannot go on. What is to survive a lost connection is tested on a database "
+    "without a sandbox (fixture postgres_url)"
+)
+_FORKED = (
+    "This process was forked from one with a sandbox, which is one connection of that process. Test "
+    "what several processes do on a database without a sandbox (fixture postgres_url)"
+)
 
 
 def _execute(connection: Any, statement: str) -> list[Any]:
