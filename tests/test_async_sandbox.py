@@ -18,7 +18,13 @@ from sessionscope import AsyncDatabase, Database, after_commit
 from sessionscope.exc import ConfigurationError, ReadOnlyUnit
 from sessionscope.integrations.fastapi import install, session_per_request
 from sessionscope.testing import SandboxError, async_sandbox
-from tests.async_drivers import create_tables, names, on_one_of_each_kind, on_postgres
+from tests.async_drivers import (
+    create_tables,
+    names,
+    on_one_of_each_kind,
+    on_postgres,
+    on_sqlite_files,
+)
 from tests.models import Item, Note
 
 pytestmark = pytest.mark.anyio
@@ -191,3 +197,38 @@ async def test_another_event_loop_is_refused_with_the_mend(boxed: AsyncDatabase)
     client = TestClient(application(boxed))
     with pytest.raises(SandboxError, match=r"another event loop.*httpx\.AsyncClient"):
         await asyncio.to_thread(partial(client.post, "/items/pear"))
+
+
+@on_postgres
+async def test_a_unit_runs_again_once_its_savepoint_is_rolled_back(boxed: AsyncDatabase) -> None:
+    attempts: list[AsyncSession] = []
+
+    async def add(session: AsyncSession) -> None:
+        attempts.append(session)
+        assert (await session.scalars(select(Item.name))).all() == []
+        session.add(Item(name="pear"))
+        await session.flush()
+        if len(attempts) < 3:
+            await session.execute(text("DO $$ BEGIN RAISE serialization_failure; END $$"))
+
+    await boxed.run(add)
+    assert len(set(attempts)) == 3
+    assert await names(boxed) == ["pear"]
+
+
+async def test_a_synchronous_database_needs_the_other_one() -> None:
+    with pytest.raises(ConfigurationError, match=r"`with sandbox\(database\)`"):
+        async with async_sandbox(Database("sqlite://")):
+            pass
+
+
+@on_sqlite_files
+async def test_a_file_that_another_process_writes_to_is_named(async_url: str) -> None:
+    async with AsyncDatabase(async_url, pool_timeout=0.1) as database:
+        await create_tables(database)
+        with Database(async_url.replace("+aiosqlite", "")) as other, other.begin() as session:
+            session.add(Item(name="pear"))
+            session.flush()
+            with pytest.raises(SandboxError, match=r"is locked.*worker_id"):
+                async with async_sandbox(database):
+                    pass

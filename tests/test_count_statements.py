@@ -1,9 +1,10 @@
 """count_statements: a test fails when a loop sends a statement for each row."""
 
+import sys
 import threading
 
 import pytest
-from sqlalchemy import ForeignKey, insert, literal, select
+from sqlalchemy import ForeignKey, event, insert, literal, select
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship
 
 from sessionscope import AsyncDatabase, Database
@@ -95,3 +96,50 @@ async def test_an_async_database_is_counted_too(async_database: AsyncDatabase) -
             await session.scalar(select(literal(2)))
     assert len(sent) == 2
     assert all("test_count_statements.py" in each.place for each in sent)
+
+
+@pytest.mark.parametrize("url", ["sqlite-memory", "postgres"], indirect=True)
+def test_counting_begins_and_ends_while_others_send_statements(database: Database) -> None:
+    """SQLAlchemy walks through an engine's listeners without a lock."""
+    event.listen(database.engine, "before_cursor_execute", lambda *arguments: None)
+    errors: list[BaseException] = []
+    is_over = threading.Event()
+
+    def send() -> None:
+        try:
+            while not is_over.is_set():
+                with database.engine.connect() as connection:
+                    connection.scalar(select(1))
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=send) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(300):
+            with count_statements(database):
+                pass
+    finally:
+        sys.setswitchinterval(interval)
+        is_over.set()
+        for thread in threads:
+            thread.join()
+    assert errors == []
+
+
+def test_what_goes_to_another_database_does_not_count() -> None:
+    with Database("sqlite://") as database, Database("sqlite://") as other:
+        with count_statements(database) as sent, count_statements(other) as others:
+            other.ping()
+        assert (len(sent), len(others)) == (0, 1)
+
+
+def test_a_database_that_stands_in_is_counted() -> None:
+    with Database("sqlite://") as memory:
+        database = Database("postgresql://nobody@127.0.0.1:1/nothing")
+        with count_statements(database, limit=1) as sent, sandbox(database, bind=memory.engine):
+            database.ping()
+        assert len(sent) == 1

@@ -15,7 +15,7 @@ from sqlalchemy import exc as sa_exc
 from sqlalchemy import select, text
 from sqlalchemy.orm import Session
 
-from sessionscope import Database, Stats
+from sessionscope import AsyncDatabase, Database, Stats
 from sessionscope.exc import ConfigurationError, PoolBusy
 from tests.models import Item, create_tables, names
 
@@ -144,6 +144,13 @@ def test_with_session_refuses_what_would_work_after_its_unit(
 ) -> None:
     with pytest.raises(ConfigurationError, match=mend):
         database.with_session()(fn)  # type: ignore[call-overload]  # what users do by mistake
+
+
+def test_with_session_without_its_parentheses_says_what_to_write() -> None:
+    with pytest.raises(ConfigurationError, match=r"write @database.with_session\(\) above def add"):
+        Database("sqlite://").with_session(add)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # what users do by mistake
+    with pytest.raises(ConfigurationError, match=r"write @database.with_session\(\) above def add"):
+        AsyncDatabase("sqlite+aiosqlite://").with_session(add)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # what users do by mistake
 
 
 def test_run_refuses_an_async_function_and_commits_nothing(database: Database) -> None:

@@ -373,6 +373,21 @@ def test_draining_refuses_newcomers_and_waiters_and_waits_for_the_rest(
     assert gate.in_use == 1
 
 
+def test_who_was_refused_by_a_drain_is_told_so_when_it_is_over(
+    threads: ThreadPoolExecutor,
+) -> None:
+    """drain(0) is over before the thread that waited has woken up."""
+    gate = Gate(1, PATIENCE)
+    gate.admit()
+    waiting = threads.submit(gate.admit)
+    wait_until(lambda: gate.waiting == 1)
+    with gate._lock:  # pyright: ignore[reportPrivateUsage]  # as if it woke up late
+        gate.start_draining()
+        gate.stop_draining()
+    with pytest.raises(PoolBusy, match="shutting down"):
+        waiting.result(PATIENCE)
+
+
 def test_a_forked_child_starts_with_an_empty_gate() -> None:
     gate = Gate(1, 0.0)
     gate.admit()

@@ -1,12 +1,13 @@
 """after_commit and after_rollback: once, in order, and only for what really happened."""
 
 import logging
+import sys
 
 import pytest
 from sqlalchemy import create_engine, event, text
 from sqlalchemy.orm import Session
 
-from sessionscope import Database, after_commit, after_rollback
+from sessionscope import Database, Unit, after_commit, after_rollback
 from sessionscope.exc import ConfigurationError
 from tests.models import Item, Note, names
 
@@ -296,3 +297,36 @@ def test_a_coroutine_function_is_refused_as_a_hook(database: Database) -> None:
         database.begin() as session,
     ):
         after_commit(session, hook)
+
+
+@pytest.mark.parametrize("leave", [SystemExit, KeyboardInterrupt])
+@pytest.mark.parametrize("url", ["sqlite-memory", "postgres"], indirect=True)
+def test_a_hook_that_leaves_the_process_lets_the_others_run_before(
+    database: Database, leave: type[BaseException]
+) -> None:
+    called: list[str] = []
+
+    def go() -> None:
+        called.append("leaves")
+        raise leave
+
+    with pytest.raises(leave), database.begin() as session:
+        session.add(Item(name="pear"))
+        after_commit(session, go)
+        after_commit(session, called.append, "runs")
+    assert called == ["leaves", "runs"]
+    assert names(database) == ["pear"]
+    assert database.stats().in_use == 0
+
+
+def test_the_hooks_of_other_databases_run_before_the_process_is_left() -> None:
+    called: list[str] = []
+    with Database("sqlite://") as one, Database("sqlite://") as other:
+        units = [Unit(one), Unit(other)]
+        for unit in units:
+            unit.admit()
+        after_commit(units[0].session, sys.exit, 3)
+        after_commit(units[1].session, called.append, "runs")
+        with pytest.raises(SystemExit, match="3"):
+            Unit.end_all(units, Unit.commit)
+    assert called == ["runs"]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_readme import BLOCKS, MODELS, ROOT, run
+from tests.test_readme import BLOCKS, MODELS, ROOT, SHARED, run
 
 PAGES = sorted((ROOT / "docs" / "how-to").glob("*.md"))
 BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
@@ -19,6 +19,37 @@ from sessionscope import AsyncDatabase, Database
 database = Database({url!r})
 async_database = AsyncDatabase(make_url({url!r}).set(drivername={driver!r}))
 """
+# What each page's reader has, as the guide to the sandbox says.
+CONFTEST = """
+import pytest
+
+import database as application
+
+
+@pytest.fixture(scope="session")
+def sessionscope_database():
+    return application.database
+
+
+@pytest.fixture(scope="session")
+def sessionscope_async_database():
+    return application.async_database
+
+
+@pytest.fixture
+def anyio_backend():
+    return "asyncio"
+"""
+# How many tests each page shows.
+TESTS = {
+    "celery": 1,
+    "commands": 2,
+    "flask": 1,
+    "jobs": 3,
+    "litestar": 2,
+    "starlette": 2,
+    "taskiq": 1,
+}
 # What each page's reader does next, and what is printed then.
 USES = {
     "starlette": """
@@ -120,23 +151,17 @@ def blocks(page: Path) -> list[str]:
     return BLOCK.findall(page.read_text(encoding="utf-8"))
 
 
-def test_every_use_has_its_page() -> None:
-    assert set(USES) <= {page.stem for page in PAGES}
-
-
-@pytest.mark.parametrize("page", USES)
-@pytest.mark.parametrize("url", ["sqlite-file", "postgres"], indirect=True)
-def test_the_code_of_a_page_works(page: str, url: str, tmp_path: Path) -> None:
+@pytest.fixture
+def project(tmp_path: Path, url: str) -> Path:
+    """A folder with what the pages share, on a database that exists."""
     driver = "postgresql+psycopg" if url.startswith("postgresql") else "sqlite+aiosqlite"
     files = {
+        "conftest.py": CONFTEST,
+        "crud.py": BLOCKS["crud.py"],
         "database.py": DATABASE.format(url=url, driver=driver),
         "models.py": MODELS,
-        "crud.py": BLOCKS["crud.py"],
+        "pytest.ini": "[pytest]\npythonpath = .\n",
     }
-    for block in blocks(ROOT / "docs" / "how-to" / f"{page}.md"):
-        named = NAME.match(block)
-        assert named is not None, f"no file name in the first line of: {block}"
-        files[named[1]] = block
     for name, code in files.items():
         (tmp_path / name).write_text(code, encoding="utf-8")
     run(
@@ -144,11 +169,53 @@ def test_the_code_of_a_page_works(page: str, url: str, tmp_path: Path) -> None:
         "from database import database; from models import Base\n"
         "Base.metadata.create_all(database.engine)",
     )
+    return tmp_path
+
+
+def write(page: str, project: Path) -> None:
+    """Write the files of a page into the project."""
+    for block in blocks(ROOT / "docs" / "how-to" / f"{page}.md"):
+        named = NAME.match(block)
+        assert named is not None, f"no file name in the first line of: {block}"
+        (project / named[1]).write_text(block, encoding="utf-8")
+
+
+def test_every_page_that_is_used_shows_its_tests() -> None:
+    pages = {page.stem for page in PAGES}
+    assert set(USES) == set(TESTS) <= pages
+
+
+@pytest.mark.parametrize("page", USES)
+@pytest.mark.parametrize("url", SHARED, indirect=True)
+def test_the_code_of_a_page_works(page: str, project: Path) -> None:
+    write(page, project)
     use, _, printed = USES[page].partition("---\n")
-    assert run(tmp_path, use) == printed
+    assert run(project, use) == printed
+
+
+@pytest.mark.parametrize("page", TESTS)
+@pytest.mark.parametrize("url", SHARED, indirect=True)
+def test_the_tests_of_a_page_pass_and_leave_nothing(page: str, project: Path) -> None:
+    write(page, project)
+    pytest_of_the_reader = (
+        "import pytest, sys\n"
+        "sys.exit(pytest.main(['-q', '-p', 'sessionscope.pytest_plugin', '-p', 'no:asyncio',"
+        " '-p', 'no:cacheprovider']))"
+    )
+    assert f"{TESTS[page]} passed" in run(project, pytest_of_the_reader)
+    left = (
+        "import crud; from database import database\n"
+        "print(database.run(crud.get_items)); database.dispose()"
+    )
+    assert run(project, left) == "[]\n"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_every_link_of_a_page_leads_somewhere(page: Path) -> None:
-    links = re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text(encoding="utf-8"))
-    assert [link for link in links if not (page.parent / link).exists()] == []
+    for link in re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text(encoding="utf-8")):
+        file, _, heading = link.partition("#")
+        target = page.parent / file
+        assert target.exists(), link
+        if heading:
+            headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            assert heading in {each.lower().replace(" ", "-") for each in headings}, link

@@ -144,6 +144,31 @@ def test_anyio_runs_the_asynchronous_fixtures(project: pytest.Pytester, options:
 
 
 @pytest.mark.parametrize("project", ["sqlite"], indirect=True)
+def test_a_test_on_trio_is_told_what_to_write(project: pytest.Pytester) -> None:
+    """anyio runs each test on both by default; trio itself need not be there for this one."""
+    project.makepyfile(
+        """
+        import pytest
+
+        @pytest.fixture
+        def anyio_backend():
+            return "asyncio"
+
+        @pytest.fixture
+        def anyio_backend_name():
+            return "trio"
+
+        @pytest.mark.anyio
+        async def test_it(async_session):
+            pass
+        """
+    )
+    result = run(project, "-p", "no:asyncio")
+    result.assert_outcomes(errors=1)
+    result.stdout.fnmatch_lines(["*runs on asyncio*", "*def anyio_backend():*"])
+
+
+@pytest.mark.parametrize("project", ["sqlite"], indirect=True)
 def test_a_commit_that_escapes_fails_the_guilty_test_by_name(project: pytest.Pytester) -> None:
     project.makepyfile(
         test_items="""
@@ -170,6 +195,29 @@ def test_a_fixture_without_a_database_says_what_to_write(pytester: pytest.Pytest
     result = run(pytester, "-p", "no:asyncio")
     result.assert_outcomes(errors=1)
     result.stdout.fnmatch_lines(["*def sessionscope_database():*"])
+
+
+@pytest.mark.parametrize(
+    ("returned", "named"), [("database.engine", "Engine"), ("None", "None"), ("URL", "str")]
+)
+@pytest.mark.parametrize("project", ["sqlite"], indirect=True)
+def test_a_fixture_that_returns_no_database_is_named(
+    project: pytest.Pytester, returned: str, named: str
+) -> None:
+    project.makeconftest(
+        f"""
+        import pytest
+        from application import URL, database
+
+        @pytest.fixture(scope="session")
+        def sessionscope_database():
+            return {returned}
+        """
+    )
+    project.makepyfile("def test_it(session): pass")
+    result = run(project, "-p", "no:asyncio")
+    result.assert_outcomes(errors=1)
+    result.stdout.fnmatch_lines([f"*fixture sessionscope_database *and not *{named}*"])
 
 
 @pytest.mark.parametrize("project", ["sqlite"], indirect=True)
@@ -280,3 +328,30 @@ def test_random_tests_on_four_workers_see_and_leave_no_row(
     assert len(set(lines["urls"])) == 4
     assert len({url.rpartition("/")[0] for url in lines["urls"]}) == 1, "one server"
     assert lines["left"] == ["0"] * 4
+
+
+@pytest.mark.parametrize("project", ["sqlite"], indirect=True)
+def test_four_workers_on_one_sqlite_file_wait_for_each_other(project: pytest.Pytester) -> None:
+    """Not what the guide advises, and right: also tests that read before they write."""
+    project.makeconftest(
+        """
+        import pytest
+        from application import database
+
+        @pytest.fixture(scope="session")
+        def sessionscope_database():
+            yield database
+            database.dispose()
+        """
+    )
+    subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "from application import *; Base.metadata.create_all(database.engine)",
+        ],
+        cwd=project.path,
+        check=True,
+    )
+    project.makepyfile(test_many=MANY.replace("range(200)", "range(40)"))
+    run(project, "-p", "no:asyncio", "-n", "4", "-q").assert_outcomes(passed=40)

@@ -14,31 +14,13 @@ BLOCKS = dict(re.findall(r"```python\n# (\w+\.py)[^\n]*\n(.*?)```", README, re.D
 # The kinds of database that two processes can share.
 SHARED = ["sqlite-file", "postgres"]
 
-MODELS = """
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
-
-class Base(DeclarativeBase):
-    pass
-
-class Item(Base):
-    __tablename__ = "item"
-    id: Mapped[int] = mapped_column(primary_key=True)
-    name: Mapped[str]
-"""
-SCHEMAS = """
-from pydantic import BaseModel, ConfigDict
-
-class ItemOut(BaseModel):
-    model_config = ConfigDict(from_attributes=True)
-    id: int
-    name: str
-"""
+MODELS = BLOCKS["models.py"]
 
 
 @pytest.fixture
 def project(tmp_path: Path, url: str) -> Path:
     """The README's files in a folder, on a database that exists."""
-    for name, code in {**BLOCKS, "models.py": MODELS, "schemas.py": SCHEMAS}.items():
+    for name, code in BLOCKS.items():
         (tmp_path / name).write_text(code, encoding="utf-8")
     database = tmp_path / "database.py"
     written = "postgresql+psycopg://user:password@host/dbname"
@@ -71,6 +53,8 @@ def test_the_example_has_all_its_files() -> None:
         "database.py",
         "crud.py",
         "main.py",
+        "models.py",
+        "schemas.py",
         "anywhere.py",
         "async_anywhere.py",
         "test_main.py",
@@ -95,8 +79,14 @@ def test_the_script_of_the_readme_works(project: Path) -> None:
     assert run(project, "import anywhere").splitlines() == ["stored pear", "1 items: pear"]
 
 
-@pytest.mark.parametrize("url", ["postgres"], indirect=True)
-def test_the_async_script_of_the_readme_works(project: Path) -> None:
+@pytest.mark.parametrize("url", SHARED, indirect=True)
+def test_the_async_script_of_the_readme_works(project: Path, url: str) -> None:
+    if url.startswith("sqlite"):
+        assert '`AsyncDatabase("sqlite+aiosqlite:///app.db")`' in README, "it says what to write"
+        script = project / "async_anywhere.py"
+        other = url.replace("sqlite:", "sqlite+aiosqlite:")
+        code = BLOCKS[script.name].replace("database.engine.url", repr(other))
+        script.write_text(code, encoding="utf-8")
     assert run(project, "import async_anywhere") == "plum\n"
 
 

@@ -1,25 +1,33 @@
 """A sandbox: everything that a Database hands out is rolled back with the test."""
 
 import asyncio
+import gc
+import os
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from time import monotonic
+from typing import Any
 
 import pytest
 from sqlalchemy import create_engine, func, insert, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
-from sqlalchemy.orm import sessionmaker
+from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.pool import StaticPool
 
 from sessionscope import AsyncDatabase, Database, after_commit
 from sessionscope.exc import (
     ConfigurationError,
+    DeadlineExceeded,
     NestedUnit,
     PoolBusy,
     ReadOnlyUnit,
+    SessionLeakWarning,
     TransactionDoomed,
 )
 from sessionscope.testing import SandboxError, sandbox
+from sessionscope.testing._turns import PATIENCE
 from tests.models import Base, Item, Note, create_tables, names
 
 on_one_server = pytest.mark.parametrize("url", ["postgres"], indirect=True)
@@ -529,3 +537,230 @@ def test_a_thread_that_the_unit_awaits_is_part_of_it(boxed: Database) -> None:
     thread.start()
     thread.join()
     assert sorted(names(boxed)) == ["in the thread", "outside"]
+
+
+@pytest.mark.parametrize("url", ["sqlite-memory", "sqlite-file"], indirect=True)
+def test_a_session_that_is_collected_inside_does_not_wait_for_its_own_thread(
+    boxed: Database,
+) -> None:
+    """The garbage collector finds one while this thread has the turn, inside of a statement."""
+    with boxed.engine.connect() as connection:
+        driver: Any = connection.connection.driver_connection
+        driver.create_function("collect", 0, gc.collect)
+
+    def leak() -> None:
+        session = boxed.sessionmaker()
+        session.info["itself"] = session
+        session.add(Item(name="leaked"))
+        session.flush()
+
+    leak()
+    began = monotonic()
+    with pytest.warns(SessionLeakWarning, match="test_sandbox"), boxed.engine.connect() as other:
+        other.execute(text("SELECT collect()"))
+    assert monotonic() - began < PATIENCE / 2
+    assert names(boxed) == []
+
+
+@pytest.mark.parametrize("url", ["sqlite-file"], indirect=True)
+def test_a_file_that_another_process_writes_to_is_named_with_the_mend(url: str) -> None:
+    with Database(url) as other, Database(url, pool_timeout=0.1) as database:
+        create_tables(other)
+        with other.begin() as session:
+            session.add(Item(name="pear"))
+            session.flush()
+            with pytest.raises(SandboxError, match=r"test\.db is locked.*worker_id.*bind="):
+                with sandbox(database):
+                    pass
+        with sandbox(database):
+            assert names(database) == ["pear"]
+
+
+@pytest.mark.parametrize("url", ["sqlite-file"], indirect=True)
+def test_sandboxes_on_one_file_wait_for_each_other(url: str) -> None:
+    """As those of several processes do: also if they have read before they write."""
+    with Database(url) as one, Database(url) as other:
+        create_tables(one)
+        is_open, has_tried = threading.Event(), threading.Event()
+
+        def write_first() -> None:
+            with sandbox(one):
+                with one.begin() as session:
+                    session.add(Item(name="pear"))
+                is_open.set()
+                has_tried.wait(0.2)  # the other one can only be seen to wait
+
+        def write_second() -> None:
+            is_open.wait()
+            with sandbox(other):
+                has_tried.set()
+                assert names(other) == []
+                with other.begin() as session:
+                    session.add(Item(name="pear"))
+
+        with ThreadPoolExecutor(2) as threads:
+            for done in (threads.submit(write_first), threads.submit(write_second)):
+                done.result()
+        assert names(one) == []
+
+
+@pytest.mark.parametrize("wrong", [None, "sqlite://", create_engine("sqlite://")])
+def test_what_is_no_database_is_refused_with_the_mend(wrong: Any) -> None:
+    kind = "None" if wrong is None else type(wrong).__name__
+    with pytest.raises(ConfigurationError, match=f"fixture sessionscope_database .*{kind}.*bind="):
+        with sandbox(wrong):
+            pass
+
+
+def test_a_database_given_as_bind_is_refused_with_the_mend() -> None:
+    memory: Any = Database("sqlite://")
+    with pytest.raises(ConfigurationError, match=r"write bind=other_database\.engine"):
+        with sandbox(Database("sqlite://"), bind=memory):
+            pass
+
+
+_FAILS = {
+    "postgresql": "DO $$ BEGIN RAISE serialization_failure; END $$",
+    "mysql": "SIGNAL SQLSTATE '40001' SET MYSQL_ERRNO = 1213, MESSAGE_TEXT = 'Deadlock'",
+}
+
+
+@pytest.mark.parametrize("url", ["postgres", "psycopg2", "mysql"], indirect=True)
+def test_a_unit_runs_again_once_its_savepoint_is_rolled_back(boxed: Database) -> None:
+    """As in production: from the beginning, with a fresh session, and without its hooks."""
+    attempts: list[Session] = []
+    ran: list[int] = []
+
+    def add(session: Session) -> None:
+        attempts.append(session)
+        assert names_in(session) == ["before"]
+        session.add(Item(name="pear"))
+        session.flush()
+        after_commit(session, ran.append, len(attempts))
+        if len(attempts) < 3:
+            session.execute(text(_FAILS[boxed.engine.dialect.name]))
+
+    with boxed.begin() as session:
+        session.add(Item(name="before"))
+    boxed.run(add)
+    assert len(set(attempts)) == 3
+    assert ran == [3]
+    assert sorted(names(boxed)) == ["before", "pear"]
+    assert boxed.stats().retried == 2
+
+
+@pytest.mark.parametrize("url", ["postgres", "mysql"], indirect=True)
+def test_a_unit_that_runs_again_leaves_the_tests_own_rows_alone(boxed: Database) -> None:
+    """They were flushed and not committed, by the session around it."""
+    attempts: list[None] = []
+
+    @boxed.with_session(attempts=2)
+    def add(session: Session) -> None:
+        attempts.append(None)
+        session.add(Item(name="pear"))
+        session.flush()
+        session.execute(text(_FAILS[boxed.engine.dialect.name]))
+
+    with boxed.sessionmaker() as own:
+        own.add(Item(name="own"))
+        own.flush()
+        with pytest.raises(OperationalError):
+            add()
+        assert names_in(own) == ["own"]
+        own.commit()
+    assert len(attempts) == 2
+    assert names(boxed) == ["own"]
+
+
+def names_in(session: Session) -> list[str]:
+    return sorted(session.scalars(select(Item.name)))
+
+
+_SLEEPS = {
+    "postgresql": "SELECT pg_sleep(30)",
+    "mysql": "DO SLEEP(30)",
+    "sqlite": "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i FROM n) SELECT max(i) FROM n",
+}
+
+
+def test_a_deadline_ends_its_unit_and_not_the_sandbox(boxed: Database) -> None:
+    """In production it ends the connection as well; here that is everyone's."""
+    with boxed.begin() as session:
+        session.add(Item(name="pear"))
+    for _ in range(3):
+        with pytest.raises(DeadlineExceeded), boxed.begin(timeout=0.1) as session:
+            session.add(Item(name="plum"))
+            session.flush()
+            session.execute(text(_SLEEPS[boxed.engine.dialect.name]))
+        with boxed.begin(read_only=True) as session:
+            assert names_in(session) == ["pear"]
+
+
+@on_one_server
+def test_a_deadline_that_is_over_elsewhere_leaves_the_statement_of_others_alone(
+    boxed: Database,
+) -> None:
+    """Of its own flow, on the same connection."""
+    with pytest.raises(DeadlineExceeded), boxed.begin(timeout=0.05) as session:
+        session.execute(text("SELECT 1"))
+        with boxed.engine.connect() as other:
+            assert other.scalar(text("SELECT 1 FROM pg_sleep(0.2)")) == 1
+        session.execute(text("SELECT 1"))
+    assert names(boxed) == []
+
+
+@pytest.mark.parametrize("url", ["postgres", "mysql"], indirect=True)
+def test_a_connection_that_is_lost_is_told_as_that(database: Database, url: str) -> None:
+    """A unit is not run again on it, and the next sandbox has another one."""
+    ask, kill = {
+        "postgresql": ("SELECT pg_backend_pid()", "SELECT pg_terminate_backend({})"),
+        "mysql": ("SELECT CONNECTION_ID()", "KILL {}"),
+    }[database.engine.dialect.name]
+    attempts: list[None] = []
+
+    def add(session: Session) -> None:
+        attempts.append(None)
+        session.add(Item(name="pear"))
+        session.flush()
+
+    with pytest.raises(SandboxError, match="connection of the sandbox was lost"):
+        with sandbox(database):
+            with database.engine.connect() as connection:
+                backend = connection.scalar(text(ask))
+            beside = create_engine(url, isolation_level="AUTOCOMMIT")
+            with beside.connect() as connection:
+                connection.execute(text(kill.format(backend)))
+            beside.dispose()
+            with pytest.raises(SandboxError, match="connection of the sandbox was lost"):
+                database.run(add)
+    assert len(attempts) == 1
+    with sandbox(database):
+        database.run(add)
+    assert names(database) == []
+
+
+@pytest.mark.parametrize("url", ["postgres", "sqlite-file"], indirect=True)
+def test_a_forked_child_is_told_that_it_is_not_in_it(boxed: Database) -> None:
+    with boxed.begin() as session:
+        session.add(Item(name="pear"))
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            names(boxed)
+        except SandboxError as error:
+            os.write(writer, str(error).encode())
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    os.close(writer)
+    with os.fdopen(reader) as told:
+        assert "was forked from one with a sandbox" in told.read()
+    assert names(boxed) == ["pear"]
+
+
+def test_one_on_the_engine_of_another_is_refused(boxed: Database) -> None:
+    other = Database("sqlite://")
+    with pytest.raises(ConfigurationError, match="in a sandbox already"):
+        with sandbox(other, bind=boxed.engine):
+            pass

@@ -11,6 +11,8 @@ ROOT = Path(__file__).parent.parent
 GUIDE = (ROOT / "docs" / "how-to" / "test-with-sandbox.md").read_text(encoding="utf-8")
 BLOCKS = dict(re.findall(r"```python\n# (\w+\.py)[^\n]*\n(.*?)```", GUIDE, re.DOTALL))
 WRITTEN = "postgresql+psycopg://user:password@host/dbname"
+# The guide's tests of its FastAPI application: five, one and one.
+SYNC = ("test_items.py", "test_items_overridden.py", "test_hooks.py")
 
 
 @pytest.fixture
@@ -24,9 +26,10 @@ def project(tmp_path: Path) -> Path:
 
 def use(project: Path, url: str) -> None:
     """Let the guide's application have a database that is there."""
-    code = BLOCKS["database.py"]
-    assert WRITTEN in code
-    (project / "database.py").write_text(code.replace(WRITTEN, url), encoding="utf-8")
+    written = {"database.py": url, "async_main.py": url.replace("sqlite:", "sqlite+aiosqlite:")}
+    for name, its_url in written.items():
+        assert WRITTEN in BLOCKS[name]
+        (project / name).write_text(BLOCKS[name].replace(WRITTEN, its_url), encoding="utf-8")
 
 
 def run(project: Path, *command: str) -> str:
@@ -59,7 +62,7 @@ def test_the_tests_of_the_guide_pass_and_leave_nothing(
     project: Path, kind: str, request: pytest.FixtureRequest
 ) -> None:
     use(project, str(request.getfixturevalue(kind)))
-    assert "5 passed" in run_pytest(project, "test_items.py", "test_items_overridden.py")
+    assert "8 passed" in run_pytest(project, *SYNC, "test_async_main.py")
     (project / "left.py").write_text(
         "from database import database; from models import *; from sqlmodel import select\n"
         "with database.begin(read_only=True) as session:\n"
@@ -70,25 +73,30 @@ def test_the_tests_of_the_guide_pass_and_leave_nothing(
     assert run(project, "left") == "[] []\n"
 
 
-@pytest.mark.parametrize("other", ["conftest_memory.py", "conftest_postgres.py"])
+@pytest.mark.parametrize(
+    ("other", "workers"),
+    [
+        ("conftest_memory.py", "0"),
+        ("conftest_memory.py", "2"),
+        ("conftest_postgres.py", "0"),
+        ("conftest_files.py", "2"),
+    ],
+)
 def test_another_database_stands_in_for_one_that_cannot_be_reached(
-    project: Path, other: str
+    project: Path, other: str, workers: str
 ) -> None:
     client = BLOCKS["conftest.py"].partition("@pytest.fixture\ndef client")
     imports = "from fastapi.testclient import TestClient\nfrom main import app\n\n\n"
     whole = BLOCKS[other] + "\n\n" + imports + "".join(client[1:])
     (project / "conftest.py").write_text(whole, encoding="utf-8")
-    assert "5 passed" in run_pytest(project, "test_items.py", "test_items_overridden.py")
+    assert "7 passed" in run_pytest(project, "-n", workers, *SYNC)
 
 
-def test_the_unittest_of_the_guide_passes(project: Path, sqlite_url: str) -> None:
-    use(project, sqlite_url)
-    (project / "tables.py").write_text(
-        "from sqlmodel import SQLModel; import models\n"
-        "from database import database\n"
-        "SQLModel.metadata.create_all(database.engine)\n"
-        "database.dispose()\n",
-        encoding="utf-8",
-    )
-    run(project, "tables")
-    assert "OK" in run(project, "unittest", "test_unittest")
+@pytest.mark.parametrize("module", ["test_unittest", "test_unittest_async"])
+def test_the_unittests_of_the_guide_pass(project: Path, module: str) -> None:
+    """On a database in memory, as they say; the application's cannot be reached."""
+    assert "OK" in run(project, "unittest", module)
+
+
+def test_the_server_of_the_guide_runs(project: Path) -> None:
+    assert run(project, "with_server") == ""

@@ -15,7 +15,7 @@ from sqlalchemy.util import greenlet_spawn
 
 from sessionscope._async_source import AsyncSessionT, AsyncSource, create_engine
 from sessionscope._credentials import Credentials
-from sessionscope._entry import async_entry_point, finished, is_async
+from sessionscope._entry import async_entry_point, finished, is_async, refuse_bare
 from sessionscope._options import (
     Options,
     check_isolation_level,
@@ -218,6 +218,8 @@ class AsyncDatabase(Generic[AsyncSessionT]):
 
     def with_session(
         self,
+        fn: None = None,  # what `@database.with_session` would pass
+        /,
         *,
         read_only: bool = False,
         isolation_level: str | None = None,
@@ -243,6 +245,7 @@ class AsyncDatabase(Generic[AsyncSessionT]):
                 independent=independent,
             )
 
+        refuse_bare(fn)
         check_isolation_level(isolation_level)
         check_timeout(timeout)
         check_attempts(attempts)

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from typing_extensions import TypeVar as TypeVarWithDefault
 
 from sessionscope._credentials import Credentials
-from sessionscope._entry import entry_point, finished
+from sessionscope._entry import entry_point, finished, refuse_bare
 from sessionscope._options import (
     Options,
     check_isolation_level,
@@ -202,12 +202,16 @@ class Database(Generic[SessionT]):
         Not run again: what has committed once, what got a mapped object or an iterator as
         an argument, and what fails with CommitUnknown or with another database's error.
 
-        Raises what *fn* raises, and what ``begin()`` raises: the last error, as it is.
+        All arguments are those of *fn*: for a unit that only reads, or has a timeout of its own,
+        write ``with_session(timeout=2.0)(fn)(...)``. Raises what *fn* raises, and what ``begin()``
+        raises: the last error, as it is.
         """
         return self._run(fn, args, kwargs)
 
     def with_session(
         self,
+        fn: None = None,  # what `@database.with_session` would pass
+        /,
         *,
         read_only: bool = False,
         isolation_level: str | None = None,
@@ -221,7 +225,8 @@ class Database(Generic[SessionT]):
         is the first parameter, or the one after ``self``, and is not part of the
         result's signature. Functions that are called by such ones receive their
         session and are not decorated. It runs as by ``run()``, at most *attempts* times,
-        all of them within *timeout* seconds. Raises ConfigurationError for functions whose
+        all of them within *timeout* seconds; for one call with these options write
+        ``with_session(read_only=True)(fn)(...)``. Raises ConfigurationError for functions whose
         work would be done after they return (``async def``, generators).
         """
 
@@ -237,6 +242,7 @@ class Database(Generic[SessionT]):
                 independent=independent,
             )
 
+        refuse_bare(fn)
         check_isolation_level(isolation_level)
         check_timeout(timeout)
         check_attempts(attempts)

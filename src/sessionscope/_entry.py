@@ -15,6 +15,15 @@ Runner = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 AsyncRunner = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Awaitable[Any]]
 
 
+def refuse_bare(fn: object) -> None:
+    """Raise ConfigurationError if with_session was written without its parentheses."""
+    if fn is not None:
+        raise ConfigurationError(
+            "with_session is called first, also without options: write @database.with_session() "
+            f"above def {getattr(fn, '__name__', 'fn')}"
+        )
+
+
 def entry_point(fn: Callable[..., Any], run: Runner) -> Callable[..., Any]:
     """Return *fn* as a callable without its session parameter.
 

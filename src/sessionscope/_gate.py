@@ -22,12 +22,13 @@ PooledThreads = Callable[[], int | None]
 
 
 class _Waiter:
-    """One place in the queue; ``granted`` is written under the gate's lock only."""
+    """One place in the queue; its answer is written under the gate's lock only."""
 
-    __slots__ = ("granted", "queue")
+    __slots__ = ("drained", "granted", "queue")
 
     def __init__(self, queue: "deque[_Waiter]") -> None:
         self.granted = False
+        self.drained = False
         self.queue = queue
         queue.append(self)
 
@@ -218,6 +219,7 @@ class Gate:
             if not self.in_use:
                 self._empty.set()
             for waiter in (*self._threads, *self._tasks):
+                waiter.drained = True  # it may wake up when the drain is over
                 waiter.wake()
 
     def wait_until_empty(self, timeout: float) -> bool:
@@ -232,7 +234,7 @@ class Gate:
     def _take(self) -> bool:
         """Take a slot if no one need wait for it; raise if waiting is pointless."""
         if self._drains:
-            self._refuse("it is shutting down (drain() was called)")
+            raise self._draining()
         if self.limit is None or self.in_use < self.limit:
             self.in_use += 1
             self.begun += 1
@@ -264,8 +266,8 @@ class Gate:
                 return
             if waiter in waiter.queue:
                 waiter.queue.remove(waiter)
-            if self._drains:
-                self._refuse("it is shutting down (drain() was called)")
+            if waiter.drained:
+                raise self._draining()
             self._refuse(
                 f"none came free in {waited:.1f} s (pool_timeout={self.timeout:g}). Shorten the "
                 "units of work (stats().longest_use), or raise pool_size or max_overflow"
@@ -304,9 +306,11 @@ class Gate:
         self.refused += 1
         raise PoolBusy(
             f"No connection for a new unit of work: all {self.limit} are in use, and {why}."
-            if not self._drains
-            else f"No new unit of work: {why}."
         )
+
+    def _draining(self) -> PoolBusy:
+        self.refused += 1
+        return PoolBusy("No new unit of work: it is shutting down (drain() was called).")
 
 
 _gates: weakref.WeakSet[Gate] = weakref.WeakSet()

@@ -9,7 +9,8 @@ nothing for them.
 
 import logging
 from asyncio import CancelledError
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from functools import partial
 from inspect import isawaitable, iscoroutinefunction
 from typing import ParamSpec, Protocol
@@ -24,6 +25,8 @@ from sessionscope.exc import ConfigurationError
 
 _P = ParamSpec("_P")
 _HOOKS = "sessionscope.hooks"
+# A hook as it was registered.
+Hook = partial[object]
 _log = logging.getLogger("sessionscope")
 
 
@@ -46,7 +49,8 @@ def after_commit(
     It is called once, after the unit of work has ended and its connection is back
     in the pool, in the order in which outcomes were decided, and never if the transaction, or
     the savepoint in which it was registered, is rolled back. What it raises is
-    logged: a commit that has happened cannot fail any more. With an asynchronous session
+    logged: a commit that has happened cannot fail any more. SystemExit and KeyboardInterrupt
+    are raised again when those after it have run. With an asynchronous session
     *fn* may be an ``async def``, which is awaited in the task of the unit: if that is
     cancelled, so is *fn*; those after it run, and then the cancellation is delivered again.
 
@@ -100,14 +104,26 @@ def drop(session: Session) -> None:
     session.info.pop(_HOOKS, None)
 
 
+@contextmanager
+def hand_to(take: Callable[[Hook], object]) -> Generator[None]:
+    """Call *take* meanwhile with each hook that is due, in any thread or task, and not the hook."""
+    global _take  # noqa: PLW0603  # hooks are run by whoever ends a unit, wherever
+    kept, _take = _take, take
+    try:
+        yield
+    finally:
+        _take = kept
+
+
+_take: Callable[[Hook], object] | None = None
+
+
 class _Hook:
     """One callable, and the savepoint it was registered in: ``None`` outside of any."""
 
     __slots__ = ("call", "on_commit", "savepoint")
 
-    def __init__(
-        self, call: Callable[[], object], on_commit: bool, savepoint: SessionTransaction | None
-    ) -> None:
+    def __init__(self, call: Hook, on_commit: bool, savepoint: SessionTransaction | None) -> None:
         self.call = call
         self.on_commit = on_commit
         self.savepoint = savepoint
@@ -118,12 +134,12 @@ class _Hooks:
 
     def __init__(self, session: Session) -> None:
         self._waiting: list[_Hook] = []
-        self._due: list[Callable[[], object]] = []
+        self._due: list[Hook] = []
         self._committed: SessionTransaction | None = None
         event.listen(session, "after_commit", self.mark)
         event.listen(session, "after_transaction_end", self._settle)
 
-    def add(self, session: Session, call: Callable[[], object], *, on_commit: bool) -> None:
+    def add(self, session: Session, call: Hook, *, on_commit: bool) -> None:
         self._waiting.append(_Hook(call, on_commit, session.get_nested_transaction()))
 
     def settle_rest(self) -> None:
@@ -132,12 +148,17 @@ class _Hooks:
         self._waiting = []
 
     def run(self) -> bool:
-        """Run what is due, in order; return whether one of them was cancelled."""
+        """Run what is due, in order; return whether one of them was cancelled.
+
+        Raises what asks to leave the process, after the last one.
+        """
         due, self._due = self._due, []
+        take = _take
         cancelled = False
+        leaving: BaseException | None = None
         for call in due:
             try:
-                result = call()
+                result = call() if take is None else take(call)
                 if isawaitable(result):
                     await_only(result)
             except (Exception, CancelledError) as error:  # it may await a task that was cancelled
@@ -145,6 +166,10 @@ class _Hooks:
                 _log.exception(
                     "%r failed after the end of its transaction, which stands as it ended", call
                 )
+            except (KeyboardInterrupt, SystemExit) as error:  # the others are owed their outcome
+                leaving = leaving or error
+        if leaving is not None:
+            raise leaving
         return cancelled
 
     def mark(self, session: Session) -> None:
@@ -170,7 +195,7 @@ class _Hooks:
             self.run()
 
 
-def _add(session: Session | _AsyncSession, call: partial[object], *, on_commit: bool) -> None:
+def _add(session: Session | _AsyncSession, call: Hook, *, on_commit: bool) -> None:
     plain = session if isinstance(session, Session) else session.sync_session
     refuse_ended(plain)
     if iscoroutinefunction(call.func) and not _is_async(plain):

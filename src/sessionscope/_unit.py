@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Collection, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from functools import partial
 from time import monotonic
 from types import TracebackType
@@ -242,8 +242,8 @@ class Unit(Generic[SessionT]):
         """Give the connection and the slot back, then run the hooks that are due.
 
         What was neither committed nor rolled back is rolled back. Never raises, so
-        that it cannot hide an error of yours. Waits up to 5 seconds for another thread
-        that is inside a call of the session's.
+        that it cannot hide an error of yours, but for the SystemExit of a hook. Waits up to 5
+        seconds for another thread that is inside a call of the session's.
         """
         if self._give_back():
             self._run_due()
@@ -257,6 +257,15 @@ class Unit(Generic[SessionT]):
         """
         scope: Scope | None = info.get(UNIT)
         return scope is not None and _guards.is_held(scope)
+
+    @staticmethod
+    def hand_hooks_to(take: "Callable[[partial[object]], object]") -> AbstractContextManager[None]:
+        """For integrations: call *take* meanwhile with each hook that is due, and not the hook.
+
+        Whichever unit or session it belongs to, and whichever thread or task ends that. A hook
+        is the ``partial`` of what ``after_commit()`` or ``after_rollback()`` was given.
+        """
+        return _hooks.hand_to(take)
 
     @staticmethod
     def end_all(units: "Collection[Unit[Any]]", how: "Callable[[Unit[Any]], None]") -> None:
@@ -326,8 +335,16 @@ class Unit(Generic[SessionT]):
     @staticmethod
     def _run_hooks(units: "Collection[Unit[Any]]") -> bool:
         """Run the hooks of units that are closed; return whether one was cancelled."""
-        cancelled = [unit._run_due() for unit in units]  # of each, whatever it returns
-        return any(cancelled)
+        cancelled = False
+        leaving: BaseException | None = None
+        for unit in units:
+            try:
+                cancelled |= unit._run_due()
+            except (KeyboardInterrupt, SystemExit) as error:
+                leaving = leaving or error
+        if leaving is not None:
+            raise leaving
+        return cancelled
 
     def __enter__(self) -> SessionT:
         if self._given is not None:

@@ -101,6 +101,8 @@ def postgres_url(
 def _runner(request: pytest.FixtureRequest) -> str:
     """Return which plugin runs the test that asks."""
     if "anyio_backend" in request.fixturenames:
+        if request.getfixturevalue("anyio_backend_name") != "asyncio":
+            raise pytest.UsageError(_ON_ASYNCIO)
         return "anyio"
     if request.node.get_closest_marker("asyncio") is not None:
         return "asyncio"
@@ -109,6 +111,13 @@ def _runner(request: pytest.FixtureRequest) -> str:
         "with @pytest.mark.asyncio (pytest-asyncio) or @pytest.mark.anyio (anyio)"
     )
 
+
+_ON_ASYNCIO = """an AsyncDatabase runs on asyncio. Write into conftest.py:
+
+    @pytest.fixture
+    def anyio_backend():
+        return "asyncio"
+"""
 
 _NAME_IT = """the fixture {fixture} is not defined. Write into conftest.py:
 

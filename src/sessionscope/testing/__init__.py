@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sessionscope.testing._capture import capture_hooks
     from sessionscope.testing._count import Statement, TooManyStatements, count_statements
     from sessionscope.testing._errors import SandboxError
     from sessionscope.testing._fault_proxy import Fault, FaultProxy
@@ -19,6 +20,7 @@ __all__ = [
     "Statement",
     "TooManyStatements",
     "async_sandbox",
+    "capture_hooks",
     "count_statements",
     "sandbox",
     "shared_postgres",
@@ -32,6 +34,7 @@ _HOMES = {
     "Statement": "_count",
     "TooManyStatements": "_count",
     "async_sandbox": "_sandbox",
+    "capture_hooks": "_capture",
     "count_statements": "_count",
     "sandbox": "_sandbox",
     "shared_postgres": "_shared",

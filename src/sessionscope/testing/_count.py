@@ -6,8 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from sqlalchemy import Engine, event
-from sqlalchemy.engine.base import OptionEngine
+from sqlalchemy import Connection, Engine, event
 
 from sessionscope.testing._places import here
 
@@ -41,27 +40,37 @@ def count_statements(
     sandbox adds do not. Raises TooManyStatements at the end of the block if there are more than
     *limit*, naming the statement that was sent most often and the line that sent it.
     """
-    sent: list[Statement] = []
-
-    def note(connection: object, cursor: object, statement: str, *rest: object) -> None:
-        sent.append(Statement(" ".join(statement.split()), here()))
-
-    engines = _engines(database)
-    for engine in engines:
-        event.listen(engine, "before_cursor_execute", note)
+    count = _Count(database)
+    _counts.add(count)
     try:
-        yield sent
+        yield count.sent
     finally:
-        for engine in engines:
-            event.remove(engine, "before_cursor_execute", note)
+        _counts.discard(count)
+    sent = count.sent
     if limit is not None and len(sent) > limit:
         raise TooManyStatements(_complaint(sent, limit))
 
 
-def _engines(database: _Database) -> list[Engine]:
-    write, read = (getattr(e, "sync_engine", e) for e in (database.engine, database.read_engine))
-    # In memory the one is a view of the other, and hears its events.
-    return [write] if isinstance(read, OptionEngine) else [write, read]
+class _Count:
+    def __init__(self, database: _Database) -> None:
+        self.sent: list[Statement] = []
+        self._database = database
+
+    def is_of(self, connection: Connection) -> bool:
+        """Return whether one of the Database's engines has opened the connection."""
+        engines = (self._database.engine, self._database.read_engine)
+        return any(connection.dialect is engine.dialect for engine in engines)
+
+
+_counts: set[_Count] = set()
+
+
+# For all engines, and once: to listen to an engine fails what is being executed on it.
+@event.listens_for(Engine, "before_cursor_execute")
+def _note(connection: Connection, cursor: object, statement: str, *rest: object) -> None:
+    for count in tuple(_counts):
+        if count.is_of(connection):
+            count.sent.append(Statement(" ".join(statement.split()), here()))
 
 
 def _complaint(sent: list[Statement], limit: int) -> str:

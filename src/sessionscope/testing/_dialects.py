@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+from sessionscope.testing._errors import SandboxError
+
 # Runs a statement on the driver's connection and returns its rows, if it has any.
 Send = Callable[[str], list[Any]]
 
@@ -15,7 +17,7 @@ _MYSQL_ENDS = {
     *("OPTIMIZE", "RENAME", "REPAIR", "RESET", "REVOKE", "SET", "START", "TRUNCATE", "XA"),
 }
 
-_BEGIN = {"sqlite": "BEGIN", "mysql": "START TRANSACTION"}
+_SQLITE_BUSY = 5
 # How a transaction is made read-only, and how that ends, if not with its savepoint.
 _READ_ONLY = {
     "postgresql": ("SET TRANSACTION READ ONLY", None),
@@ -33,12 +35,16 @@ class Dialect:
         self._checks_foreign_keys = False
 
     def begin(self) -> None:
-        """Begin the transaction around everything; most drivers do it by themselves."""
+        """Begin the transaction around everything; most drivers do it by themselves.
+
+        Raises SandboxError if another one writes to the SQLite file.
+        """
         if self.name == "sqlite":
+            self._begin_to_write()
             self._checks_foreign_keys = bool(self._send("PRAGMA foreign_keys")[0][0])
             self._dangling = self._dangling_rows()
-        if self.name in _BEGIN:
-            self._send(_BEGIN[self.name])
+        if self.name == "mysql":
+            self._send("START TRANSACTION")
 
     def make_read_only(self) -> None:
         """Refuse writes from here on, where the database can, in the savepoint just made."""
@@ -76,6 +82,16 @@ class Dialect:
             return False
         return first in _ENDS or (self.name == "mysql" and first in _MYSQL_ENDS)
 
+    def _begin_to_write(self) -> None:
+        # At once: who has read before may not wait for a writer any more.
+        try:
+            self._send("BEGIN IMMEDIATE")
+        except Exception as error:
+            if getattr(error, "sqlite_errorcode", 0) & 0xFF != _SQLITE_BUSY:
+                raise
+            file = self._send("PRAGMA database_list")[0][2]
+            raise SandboxError(_LOCKED.format(file=file)) from error
+
     def _dangling_rows(self) -> frozenset[tuple[Any, ...]]:
         if not self._checks_foreign_keys:
             return frozenset()
@@ -85,3 +101,11 @@ class Dialect:
 def _first_words(statement: str) -> tuple[str, str]:
     first, second, *_ = [*statement.lstrip(" \t\r\n(").split(None, 2), "", ""]
     return first.rstrip(";").upper(), second.rstrip(";").upper()
+
+
+_LOCKED = (
+    "The SQLite file {file} is locked: another process, or another connection of this one, writes "
+    "to it. It has one writer at a time, and a sandbox is one from its beginning to its end. Give "
+    'each worker of pytest-xdist a file of its own, Database(f"sqlite:///{{worker_id}}.db"), or '
+    'put a database in memory in its place: sandbox(database, bind=Database("sqlite://").engine)'
+)

@@ -11,7 +11,8 @@ class SandboxError(exc.SessionScopeError, DontWrapMixin):
     """A test did what the one transaction of its sandbox cannot follow.
 
     It has ended that transaction, by COMMIT sent as text or by DDL on MySQL, so that its rows
-    stay; or it uses the sandbox on another event loop, or after its end.
+    stay; or it uses the sandbox on another event loop, or after its end; or the transaction could
+    not begin, because another process writes to the SQLite file.
     """
 
     error_code = "sandbox"

@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncGenerator, Generator
 from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, contextmanager
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 from sqlalchemy import Connection, Engine, Pool, event
 from sqlalchemy.engine.interfaces import Dialect
@@ -43,14 +43,11 @@ def sandbox(database: DatabaseT, *, bind: Engine | None = None) -> Generator[Dat
 
     With *bind*, an Engine of another database, say ``Database("sqlite://").engine``, that
     database stands in for the real one, which is never connected to. Costs five round trips.
-    Raises SandboxError if the transaction was ended behind the sandbox's back, IntegrityError if
-    a deferred constraint does not hold, and ConfigurationError.
+    Raises SandboxError if the transaction was ended behind the sandbox's back, or cannot begin
+    because another process writes to the SQLite file, IntegrityError if a deferred constraint does
+    not hold, and ConfigurationError.
     """
-    if database.engine.dialect.is_async:
-        raise exc.ConfigurationError(
-            "An AsyncDatabase needs `async with async_sandbox(database)`, on the event loop on "
-            "which it is used"
-        )
+    _check_database(database, is_async=False)
     box = _Sandbox(database, bind)
     box.open()
     try:
@@ -65,6 +62,7 @@ def sandbox(database: DatabaseT, *, bind: Engine | None = None) -> Generator[Dat
 @asynccontextmanager
 async def async_sandbox(database: DatabaseT, *, bind: Any = None) -> AsyncGenerator[DatabaseT]:
     """Async version of :func:`sandbox`, on one event loop; *bind* is an AsyncEngine."""
+    _check_database(database, is_async=True)
     box = _Sandbox(database, bind)
     await greenlet_spawn(box.open)
     try:
@@ -96,7 +94,8 @@ class _Sandbox:
             proxied = source.raw_connection()
             opening.callback(proxied.close)
             opening.enter_context(_for_many_transactions(proxied, source.dialect.name))
-            self._stack = Stack(proxied, source.dialect)
+            connect: Any = source.pool._creator  # pyright: ignore[reportPrivateUsage]  # as the pool
+            self._stack = Stack(proxied, source.dialect, connect)
             dialects = {source.dialect, self._engine.dialect, self._reader.dialect}
             opening.enter_context(executing_through_stand_ins(*dialects))
             pool = SandboxPool(self._stack, source.dialect)
@@ -124,11 +123,36 @@ def _sync(engine: Any) -> Engine:
     return found
 
 
-def _check(engine: Engine, bind: Engine | None) -> None:
-    if isinstance(engine.pool, SandboxPool):
+def _check_database(database: object, *, is_async: bool) -> None:
+    if not hasattr(database, "connections_from"):
+        raise exc.ConfigurationError(
+            "A sandbox needs a Database, under pytest that which the fixture sessionscope_database "
+            f"or sessionscope_async_database returns, and not {_kind(database)}. Give it the "
+            "application's own; an engine of another database goes into sandbox(database, "
+            "bind=engine)"
+        )
+    if cast("_Database", database).engine.dialect.is_async is not is_async:
+        raise exc.ConfigurationError(
+            "A Database needs `with sandbox(database)`"
+            if is_async
+            else "An AsyncDatabase needs `async with async_sandbox(database)`, on the event loop "
+            "on which it is used"
+        )
+
+
+def _kind(found: object) -> str:
+    return "None" if found is None else f"an object of the class {type(found).__name__}"
+
+
+def _check(engine: Engine, bind: object) -> None:
+    if any(isinstance(getattr(each, "pool", None), SandboxPool) for each in (engine, bind)):
         raise exc.ConfigurationError(
             "This Database is in a sandbox already: one test has one. Put rows for many tests "
             "into the database before (fixture postgres_template)"
+        )
+    if bind is not None and not isinstance(bind, Engine):
+        raise exc.ConfigurationError(
+            f"bind must be an Engine, and is {_kind(bind)}: write bind=other_database.engine"
         )
     if bind is not None and bind.dialect.is_async is not engine.dialect.is_async:
         raise exc.ConfigurationError(

@@ -16,6 +16,7 @@ beneath, the test's own if one is open, and are undone with that.
 """
 
 import asyncio
+import os
 import threading
 import warnings
 from collections.abc import Callable, Generator, Mapping
@@ -33,6 +34,7 @@ from sessionscope import Unit
 from sessionscope.testing._dialects import Dialect
 from sessionscope.testing._errors import PoolBusy, SandboxError, TransactionDoomed
 from sessionscope.testing._places import here
+from sessionscope.testing._running import Running
 from sessionscope.testing._turns import Turns
 
 _OUTERMOST = "sessionscope"
@@ -43,6 +45,7 @@ class Transaction:
     """What one user of the connection has done since its last commit or rollback."""
 
     __slots__ = (
+        "abandoned",
         "at_home",
         "autocommit",
         "begun_at",
@@ -68,13 +71,14 @@ class Transaction:
         self.unseen = False  # a cursor was made that may write what no one sees
         self.failed = False
         self.ended = False
+        self.abandoned = False  # to be ended at the next turn, whoever has it
         self.took_over: str | None = None  # where one has begun whose commit is now part of it
         self.undone_by: str | None = None  # what has rolled it back unasked
 
     @property
     def keeps_its_place(self) -> bool:
         """Whether it has written, or may have, and has not ended."""
-        return (self.wrote or self.unseen) and not self.ended
+        return (self.wrote or self.unseen) and not (self.ended or self.abandoned)
 
 
 # The transactions that the current flow of control, or one that started it, has begun.
@@ -84,8 +88,16 @@ _begun: ContextVar[tuple[Transaction, ...]] = ContextVar("sessionscope_begun", d
 class Stack:
     """The transactions on one connection, within one that never commits."""
 
-    def __init__(self, proxied: PoolProxiedConnection, dialect: SQLAlchemyDialect) -> None:
+    def __init__(
+        self,
+        proxied: PoolProxiedConnection,
+        dialect: SQLAlchemyDialect,
+        connect: Callable[[], Any],
+    ) -> None:
         self.real: Any = proxied.dbapi_connection
+        self._proxied = proxied
+        self._process = os.getpid()
+        self._is_lost = False
         self._driver_connection: Any = proxied.driver_connection
         self.is_async = dialect.is_async
         self.is_over = False
@@ -97,10 +109,16 @@ class Stack:
         self._stack: list[Transaction] = []
         self._abandoned: list[Transaction] = []
         self._ended_by: str | None = None
+        self._running = Running(self.real, connect)
         self._complaint: str | None = None
         self._at_work: asyncio.Task[Any] | None = None
         self._dialect.begin()
         self._send(f"SAVEPOINT {_OUTERMOST}")
+
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether the garbage collector asks, in the middle of what this thread does here."""
+        return not self.is_async and self._turns.is_inside
 
     def expect(self, transaction: Transaction) -> None:
         """Make room for what a new cursor is about to send, unseen unless :meth:`run` follows."""
@@ -120,9 +138,11 @@ class Stack:
             if statement.startswith("SAVEPOINT"):  # to give up ours would end that one as well
                 transaction.wrote = True
             try:
-                self._execute(statement, execute)
-            except Exception:
+                with self._running.of(transaction):
+                    self._execute(statement, execute)
+            except Exception as error:
                 transaction.failed = True
+                self._notice(error)
                 self._go_on_without(transaction)
                 raise
             except BaseException:  # cancelled, and it may be again at every await
@@ -132,6 +152,10 @@ class Stack:
                 raise
             if transaction.autocommit and transaction.wrote:
                 self._end(transaction)
+
+    def interrupt(self, transaction: Transaction | None) -> None:
+        """End the statement that is running if it is *transaction*'s, and not the connection."""
+        self._running.end(transaction)
 
     def commit(self, transaction: Transaction) -> None:
         """Let the transactions beneath have what *transaction* has written."""
@@ -148,26 +172,33 @@ class Stack:
         """Undo what *transaction* has written."""
         if transaction.savepoint is None or self.is_over or self._ended_by is not None:
             return
+        if self._is_lost or self._is_forked:
+            return
         with self._turn(transaction):
             self._undo(transaction)
 
     def abandon(self, transaction: Transaction | None) -> None:
-        """Undo a transaction at the next turn: the garbage collector can wait for nothing."""
+        """End a transaction at the next turn: the garbage collector can wait for nothing."""
         if transaction is not None and transaction.savepoint is not None:
-            transaction.ended = True
+            transaction.abandoned = True
             self._abandoned.append(transaction)
 
     def finish(self, *, check: bool) -> None:
         """Roll everything back, and raise what the test could not see of its own.
 
         *check* tells whether the test has ended normally so far: only then are the constraints
-        checked of what it has not committed.
+        checked of what it has not committed. Sends nothing in a forked child, whose parent goes on.
         """
+        if self._is_forked:
+            return
         with self._turn():
             self.is_over = True
             broken = self._broken_constraint() if check and self._ended_by is None else None
             undone = self._try(f"ROLLBACK TO SAVEPOINT {_OUTERMOST}")
-            self.real.rollback()
+            if self._is_lost:
+                self._proxied.invalidate()
+            else:
+                self.real.rollback()
         if not undone:
             raise self._escaped()
         if broken is not None:
@@ -186,11 +217,13 @@ class Stack:
         def too_late() -> Exception:
             return _too_late(holder())
 
+        if self._is_forked:
+            raise SandboxError(_FORKED)
         with self._turns.turn(is_possible, too_late):
             if self._at_work is not None and not self._at_work.done():
                 await_only(asyncio.wait([self._at_work]))
             while self._abandoned and not self.is_over:
-                self._undo(self._abandoned.pop())
+                self._end_abandoned(self._abandoned.pop())
             yield
 
     def _holder_above(self, transaction: Transaction) -> Transaction | None:
@@ -203,13 +236,17 @@ class Stack:
                 return None if waits or (is_new and other.at_home) else other
         return None
 
+    @property
+    def _is_forked(self) -> bool:
+        return os.getpid() != self._process
+
     def _refuse(self, transaction: Transaction) -> None:
         if self.is_over:
             raise SandboxError(
                 "This connection belongs to a sandbox that has ended: close the session, or "
                 "commit or roll it back, before the test ends"
             )
-        if self._ended_by is not None:
+        if self._ended_by is not None or self._is_lost:
             raise self._escaped()
         if transaction.undone_by is not None:
             raise TransactionDoomed(transaction.undone_by)
@@ -227,6 +264,7 @@ class Stack:
             self._send(f"SAVEPOINT {name}")
         transaction.savepoint = name
         transaction.ended = transaction.failed = transaction.wrote = False
+        transaction.abandoned = False
         transaction.took_over = None
         transaction.at_home = threading.get_ident() == self._home
         transaction.begun_at = here()
@@ -238,7 +276,7 @@ class Stack:
     def _give_up_reader(self, transaction: Transaction) -> None:
         """Take the savepoint on top away if it is another one's, who has only read."""
         reader = self._stack[-1] if self._stack else transaction
-        if reader is transaction or reader.keeps_its_place or reader.ended:
+        if reader is transaction or reader.keeps_its_place or reader.ended or reader.abandoned:
             return
         del self._stack[-1]
         name, reader.savepoint = reader.savepoint, None
@@ -271,7 +309,7 @@ class Stack:
 
     def _go_on_without(self, transaction: Transaction) -> None:
         """End a failed transaction that was one statement, and is no one's to roll back."""
-        if not transaction.autocommit or self._ended_by is not None:
+        if not transaction.autocommit or self._ended_by is not None or self._is_lost:
             return
         if self._dialect.name == "postgresql":
             self._undo(transaction)
@@ -294,6 +332,12 @@ class Stack:
         self._end(transaction)
         if transaction.read_only:
             self._dialect.end_read_only()
+
+    def _end_abandoned(self, transaction: Transaction) -> None:
+        if transaction.autocommit and not (transaction.read_only or transaction.failed):
+            self._end(transaction)
+        else:
+            self._undo(transaction)
 
     def _end(self, transaction: Transaction) -> None:
         """Release the savepoints on top of which nothing goes on any more."""
@@ -333,8 +377,17 @@ class Stack:
     def _send(self, statement: str) -> list[Any]:
         if self._dialect.name == "sqlite" and not self._is_in_transaction(statement):
             raise self._escaped()  # SAVEPOINT would begin, and RELEASE commit
-        rows: list[Any] = self._drive(partial(_execute, self.real, statement))
+        try:
+            rows: list[Any] = self._drive(partial(_execute, self.real, statement))
+        except self._errors.Error as error:
+            self._notice(error)
+            raise
         return rows
+
+    def _notice(self, error: Exception) -> None:
+        if isinstance(error, self._errors.Error):
+            lost = self._sqlalchemy.is_disconnect(error, self.real, None)
+            self._is_lost = self._is_lost or lost
 
     def _drive(self, work: Callable[[], Any], *, interruptible: bool = False) -> Any:
         """Let the driver *work*, to its end even if the task that waits for it is cancelled."""
@@ -364,6 +417,8 @@ class Stack:
         return True
 
     def _escaped(self) -> SandboxError:
+        if self._is_lost:
+            return SandboxError(_LOST)
         what = self._ended_by or "Something that the sandbox did not see"
         mend = (
             "On MySQL, DDL commits: create tables before the sandbox."
@@ -374,6 +429,17 @@ class Stack:
             f"{what} has ended the sandbox's transaction: what was written until then may be "
             f"stored for good, and other tests may see it. {mend}"
         )
+
+
+_LOST = (
+    "The connection of the sandbox was lost, and its transaction with it: nothing of it is stored, "
+    "and the test cannot go on. What is to survive a lost connection is tested on a database "
+    "without a sandbox (fixture postgres_url)"
+)
+_FORKED = (
+    "This process was forked from one with a sandbox, which is one connection of that process. Test "
+    "what several processes do on a database without a sandbox (fixture postgres_url)"
+)
 
 
 def _execute(connection: Any, statement: str) -> list[Any]:

@@ -55,6 +55,17 @@ class StandIn:
         """Take of an isolation level whether it is none: the real one is that of the sandbox."""
         self._is_autocommit = level == "AUTOCOMMIT"
 
+    def cancel_safe(self) -> None:
+        """End the statement that is running here, by psycopg's name, which is looked for first.
+
+        Only that: a cancellation that is late would hit another one's on the same connection.
+        """
+        self._stack.interrupt(self._transaction)
+
+    def fileno(self) -> int:
+        """Show no socket: whoever cuts it would cut it for all."""
+        return -1
+
     def commit(self) -> None:
         transaction = self._transaction
         if transaction is not None:
@@ -65,7 +76,9 @@ class StandIn:
         transaction, self._transaction = self._transaction, None
         if transaction is None:
             return
-        if transaction.autocommit and not transaction.read_only:
+        if self._stack.is_interrupted:
+            self._stack.abandon(transaction)
+        elif transaction.autocommit and not transaction.read_only:
             self._stack.commit(transaction)
         else:
             self._stack.rollback(transaction)

@@ -58,21 +58,36 @@ class Turns:
     def __init__(self, *, is_async: bool) -> None:
         self._waiter = _TaskWaiter if is_async else _ThreadWaiter
         self._lock = threading.Lock()
+        self._inside: set[int] = set()
         self._line: list[_Waiter] = []
         self._is_taken = False
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether this thread has the turn, or is about to: then it must not ask for another.
+
+        It does so in the garbage collector, which may find an abandoned session at any line, those
+        under the lock included.
+        """
+        return threading.get_ident() in self._inside
 
     @contextmanager
     def turn(
         self, is_possible: Callable[[], bool], too_late: Callable[[], Exception]
     ) -> Generator[None]:
         """Wait until no one has the turn and *is_possible*, else raise what *too_late* returns."""
-        waiter = self._take_or_queue(is_possible)
-        if waiter is not None:
-            self._wait(waiter, too_late)
+        thread = threading.get_ident()
+        self._inside.add(thread)
         try:
-            yield
+            waiter = self._take_or_queue(is_possible)
+            if waiter is not None:
+                self._wait(waiter, too_late)
+            try:
+                yield
+            finally:
+                self._pass_on()
         finally:
-            self._pass_on()
+            self._inside.discard(thread)
 
     def _take_or_queue(self, is_possible: Callable[[], bool]) -> _Waiter | None:
         with self._lock:
