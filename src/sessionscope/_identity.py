@@ -40,10 +40,16 @@ _ID_SO_FAR = "SELECT pg_current_xact_id_if_assigned()"
 # asyncpg drops the rows of a simple query, and hands on what the server reports.
 _TELL_ID = f"DO $$BEGIN RAISE INFO '{_SAYS_ID}%', pg_current_xact_id(); END$$"
 _OUTCOME = "SELECT pg_xact_status('{}'::xid8), server FROM ({}) AS here(server)"
-# Its session may still be there, waiting for a standby or for a client that is gone.
+# Its session may still be there, waiting for a client that is gone. One that waits for a standby
+# has committed here, and its end would have it called done before the standby has it.
 _END_BACKEND = (
-    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
-    "WHERE pid = {} AND backend_xid = '{}'::xid8::xid"
+    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid = {} "
+    "AND backend_xid = '{}'::xid8::xid AND wait_event IS DISTINCT FROM 'SyncRep'"
+)
+# A commit of its own, which waits for the same standbys as the one before it, where there are any.
+WAIT_FOR_STANDBYS = (
+    "SELECT pg_logical_emit_message(true, 'sessionscope', '') "
+    "WHERE current_setting('synchronous_standby_names') <> ''"
 )
 
 

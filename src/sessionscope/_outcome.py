@@ -7,9 +7,9 @@ from sqlalchemy import Engine
 from sqlalchemy import exc as sa_exc
 
 from sessionscope._deadline import Deadline
-from sessionscope._identity import Identity
+from sessionscope._identity import WAIT_FOR_STANDBYS, Identity
 from sessionscope._timer import limited
-from sessionscope.exc import DeadlineExceeded
+from sessionscope.exc import CommitUnknown, DeadlineExceeded
 
 # Seconds for which the database is asked, and between two questions.
 _PATIENCE = 5.0
@@ -25,7 +25,7 @@ def has_committed(
 
     Asks over a connection of *engine*, at most *seconds* long. The answer counts only if it
     comes from the same server and timeline: after a failover to another one the same
-    id may be another transaction's.
+    id may be another transaction's. What standbys have to confirm has committed once they have.
     """
     if identity.xid is None:
         return None
@@ -58,9 +58,14 @@ def _ask(
                     return None, None
                 if row[0] == "in progress" and end:
                     connection.exec_driver_sql(identity.end_backend)
+                elif row[0] == "committed":
+                    connection.exec_driver_sql(WAIT_FOR_STANDBYS)
+                    connection.commit()
+                    if timer.cut:  # a wait that is cancelled ends as if they had answered
+                        return None, row[1]
                 return row[0], row[1]
             finally:
                 if timer.cut:  # a cancellation that is late would hit its next user
                     connection.invalidate()
-    except (sa_exc.DBAPIError, sa_exc.TimeoutError, DeadlineExceeded):
+    except (sa_exc.DBAPIError, sa_exc.TimeoutError, DeadlineExceeded, CommitUnknown):
         return None, None
