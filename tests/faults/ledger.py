@@ -91,13 +91,16 @@ class Told:
     failed: list[str] = field(default_factory=list)
     done: list[str] = field(default_factory=list)  # by the hook after the commit
     errors: Counter[tuple[str, str, str]] = field(default_factory=Counter)
+    texts: dict[tuple[str, str, str], str] = field(default_factory=dict)  # of the first of each
 
     def note(self, name: str, call: str, fault: str, error: Exception | None) -> None:
         if error is None:
             self.acknowledged.append(name)
             return
         (self.unknown if isinstance(error, CommitUnknown) else self.failed).append(name)
-        self.errors[fault, call, type(error).__name__] += 1
+        kind = fault, call, type(error).__name__
+        self.errors[kind] += 1
+        self.texts.setdefault(kind, " ".join(str(error).split()))
 
 
 @dataclass(frozen=True)

@@ -310,8 +310,11 @@ def _count(times: list[float], start: float, end: float) -> int:
 
 
 def _errors(told: Told) -> Table:
-    rows = [[*where, str(times)] for where, times in sorted(told.errors.items())]
-    return Table("What was raised", ["while", "by", "error", "times"], rows)
+    rows = [
+        [*where, str(times), told.texts[where][:120]]
+        for where, times in sorted(told.errors.items())
+    ]
+    return Table("What was raised", ["while", "by", "error", "times", "the first one"], rows)
 
 
 def main() -> None:

@@ -37,7 +37,6 @@ from tests.faults.breaking import ask, backends
 WORKERS = 8
 LIMIT = 10
 _SAMPLES = 20
-_WARM = 5  # samples until everything that is made once is there
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 # Seconds that what has ended may take to be gone.
 _PATIENCE = 2.0
@@ -303,20 +302,19 @@ async def _call_async(database: AsyncDatabase, unit: Unit, row: int) -> None:
             await session.run_sync(unit.work, row)
 
 
-def run(units: int, seed: int) -> Report:
-    """Do so many *units* of each kind, and compare what is held at the beginning and at the end."""
+def run(units: int, seed: int, server: PostgresServer) -> Report:
+    """Do so many *units* of each kind, and compare what is held in the middle and at the end."""
     report = Report(f"soak: {units} units each, seed {seed}")
     for kind in ("threads", "psycopg", "asyncpg"):
-        with PostgresServer(max_connections=40) as server:
-            url = server.create_database()
-            ask(url, "CREATE TABLE number (id int PRIMARY KEY, value bigint NOT NULL)")
-            ask(url, "INSERT INTO number SELECT id, 0 FROM generate_series(1, 100) AS id")
-            if kind == "threads":
-                samples, plan = in_threads(units, seed, url)
-            else:
-                driver = make_url(url).set(drivername=f"postgresql+{kind}")
-                url_of_tasks = driver.render_as_string(hide_password=False)
-                samples, plan = asyncio.run(in_tasks(units, seed, url_of_tasks))
+        url = server.create_database()
+        ask(url, "CREATE TABLE number (id int PRIMARY KEY, value bigint NOT NULL)")
+        ask(url, "INSERT INTO number SELECT id, 0 FROM generate_series(1, 100) AS id")
+        if kind == "threads":
+            samples, plan = in_threads(units, seed, url)
+        else:
+            driver = make_url(url).set(drivername=f"postgresql+{kind}")
+            url_of_tasks = driver.render_as_string(hide_password=False)
+            samples, plan = asyncio.run(in_tasks(units, seed, url_of_tasks))
         report.figures.extend(_figures(kind, samples, plan))
         report.tables.append(_table(kind, samples))
     return report
@@ -329,7 +327,8 @@ def _figures(kind: str, samples: list[Sample], plan: Plan) -> Iterator[Figure]:
     yield Figure(
         f"{kind}: not as they should be", plan.wrong.total(), "units", at_most=0, note=note
     )
-    warm = samples[_WARM:]
+    warm = samples[_SAMPLES // 2 :]
+    # What is made once is there by then.
     for name in ("threads", "tasks"):
         growth = getattr(last, name) - max(getattr(sample, name) for sample in warm[:3])
         yield Figure(f"{kind}: more {name}", growth, "", at_most=0)
@@ -337,7 +336,9 @@ def _figures(kind: str, samples: list[Sample], plan: Plan) -> Iterator[Figure]:
     yield Figure(f"{kind}: more descriptors", beside[-1] - max(beside[:3]), "", at_most=0)
     most = max(sample.connections for sample in samples)
     yield Figure(f"{kind}: connections", most, "at most", at_most=LIMIT)
-    objects = _slope([(sample.units, sample.objects) for sample in warm]) * 1000
+    # Each sample is an object itself.
+    held = [(sample.units, sample.objects - number) for number, sample in enumerate(warm)]
+    objects = _slope(held) * 1000
     yield Figure(f"{kind}: more objects", objects, "per 1,000 units", at_most=5.0)
     rss = _slope([(sample.units, sample.rss) for sample in warm]) * 1000
     note = f"{warm[0].rss / 2**20:.1f} MiB, then {last.rss / 2**20:.1f} MiB"
@@ -359,7 +360,8 @@ def main() -> None:
     parser.add_argument("--units", type=int, default=1_000_000)
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
-    report = run(arguments.units, arguments.seed)
+    with PostgresServer() as server:
+        report = run(arguments.units, arguments.seed, server)
     show(report)
     misses = [figure.name for figure in report.figures if figure.verdict == "MISS"]
     print(
