@@ -16,7 +16,10 @@ lint_extras := $(test_extras)
 bench_extras := $(test_extras)
 bench-fastapi-sqla_extras := $(demo_extras)
 
-.PHONY: help demo test test-all fuzz jobs init-test lint bench scorecard requirements clean
+# Each is a target of its own, faults-NAME.
+fault_suites := state-machine calls sqlalchemy server nemesis soak
+
+.PHONY: help demo test test-all fuzz jobs init-test faults faults-server faults-nemesis faults-soak lint bench scorecard requirements clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -43,6 +46,20 @@ jobs: .venv/test/ready ## run 2,000 Celery tasks on Redis and RabbitMQ, and kill
 init-test: .venv/test/ready ## time `sessionscope init` to a running app, in fresh environments
 	@INIT_TEST=1 $(test_python) -m pytest --timeout=0 -o faulthandler_timeout=0 -s \
 		tests/test_init.py -k running_application
+
+faults: .venv/test/ready ## run all fault suites, one after the other; works without a terminal
+	@$(MAKE) --no-print-directory -k $(addprefix faults-,$(fault_suites))
+
+faults-server: .venv/test/ready ## kill, stop, fill and starve servers (SERVER_FAULTS_ROUNDS=5)
+	@CI=true SERVER_FAULTS_ROUNDS=$(or $(SERVER_FAULTS_ROUNDS),5) $(test_python) -m pytest --timeout=0 \
+		-o faulthandler_timeout=0 -s tests/faults/test_server_faults.py
+
+faults-nemesis: .venv/test/ready ## break everything under writing clients (NEMESIS_SECONDS=200, NEMESIS_SEEDS="1 2 3")
+	@failed=0; for seed in $(or $(NEMESIS_SEEDS),1 2 3); do PYTHONPATH=src $(test_python) -m tests.faults.nemesis \
+		--seconds $(or $(NEMESIS_SECONDS),200) --seed $$seed || failed=1; done; exit $$failed
+
+faults-soak: .venv/test/ready ## let very many units leave nothing behind (SOAK_UNITS=100000)
+	@PYTHONPATH=src $(test_python) -m tests.faults.soak --units $(or $(SOAK_UNITS),100000)
 
 lint: .venv/lint/ready ## check style, format and types
 	@$(lint_python) -m ruff check .

@@ -6,7 +6,7 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-from sessionscope import Database, after_commit
+from sessionscope import Database, _identity, after_commit
 from sessionscope._identity import Identity
 from sessionscope._outcome import has_committed
 from sessionscope.exc import CommitUnknown
@@ -57,11 +57,29 @@ def test_another_server_or_timeline_does_not_answer_for_this_one(psycopg: Databa
         xid = session.scalar(text("SELECT pg_current_xact_id()::text::bigint"))
     assert xid is not None
     with psycopg.engine.connect() as connection:
-        query = Identity("", 0, 3).ask_outcome
-        _, server = connection.exec_driver_sql(query).one()
-    same, other = Identity(server, 0, xid), Identity(server[:-1] + "9", 0, xid)
+        server = str(connection.exec_driver_sql(_identity._WHICH_SERVER).scalar_one())
+    where, crash = server.split()
+    same, other = Identity(server, 0, xid), Identity(f"{where}9 {crash}", 0, xid)
     assert has_committed(same, psycopg.engine, sleep, None) is True
     assert has_committed(other, psycopg.engine, sleep, None) is None
+
+
+def test_an_id_of_before_a_crash_proves_a_failure_and_no_success(psycopg: Database) -> None:
+    """The server gives those out again that were not in its log on disk yet."""
+    with psycopg.begin() as session:
+        xid = session.scalar(text("SELECT pg_current_xact_id()::text::bigint"))
+        server = str(session.scalar(text(_identity._WHICH_SERVER)))
+    assert xid is not None
+    earlier = f"{server.split(maxsplit=1)[0]} 1.5"
+    assert has_committed(Identity(earlier, 0, xid), psycopg.engine, sleep, None) is None
+    in_future = Identity(earlier, 0, xid + 1_000_000)
+    assert has_committed(in_future, psycopg.engine, sleep, None) is False
+    with psycopg.engine.connect() as connection:
+        other = connection.exec_driver_sql("SELECT pg_current_xact_id()::text::bigint").scalar_one()
+        again = Identity(earlier, 0, other)
+        assert has_committed(again, psycopg.engine, sleep, None) is False
+        connection.rollback()
+    assert has_committed(again, psycopg.engine, sleep, None) is False
 
 
 @pytest.mark.parametrize("fault", ["cut before", "cut after"])

@@ -432,6 +432,20 @@ def test_what_is_wrong_is_said_where_it_is_written() -> None:
         Database("sqlite://").with_session(isolation_level="SNAPSHOT")
 
 
+def test_a_database_that_is_away_is_tried_often_and_for_nothing() -> None:
+    """Units that wait go on soon after its return, and conflicts may be tried again as ever."""
+    budget = Budget()
+    away = DatabaseUnavailable("It is away")
+    mark(away, "ours")
+    attempts = Attempts((print, (), {}), "ours", limit=2, patience=60, budget=budget, deadline=None)
+    for _ in range(2000):
+        assert attempts.judge(away)
+        assert attempts.next() <= 0.25
+    conflict = OperationalError("SELECT 1", {}, Refused(sqlstate="40001"))
+    mark(conflict, "ours")
+    assert attempts.judge(conflict)
+
+
 def test_a_thousand_attempts_do_not_overflow_the_pause() -> None:
     attempts = Attempts(
         (print, (), {}), "ours", limit=5000, patience=1, budget=Budget(), deadline=None

@@ -24,6 +24,8 @@ from sessionscope._loops import call_soon, start
 
 # Seconds after which a server that does not answer is no longer waited for.
 _PATIENCE = 10.0
+# Seconds after which a connection is no longer opened that no task waits for.
+_OPENING = 1.0
 # Seconds up to which a task that is being cancelled waits until its statement has ended.
 _INTERRUPTING = 1.0
 
@@ -56,7 +58,7 @@ class AsyncBackends(Backends):
         except BaseException:
             opening.add_done_callback(lambda done: self._discard(done, discard))
             if not opening.done():
-                opening.get_loop().call_later(_PATIENCE, opening.cancel)
+                opening.get_loop().call_later(_OPENING, opening.cancel)
             raise
         self._loops[id(self.note(connection))] = opening.get_loop()
         leave_to_interrupt(getattr(connection, "driver_connection", None))

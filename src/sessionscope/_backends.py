@@ -11,9 +11,12 @@ import weakref
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, wait
 from contextlib import suppress
+from contextvars import copy_context
+from math import ceil
 from time import monotonic
 from typing import Any, Protocol
 
+from sqlalchemy import Engine, event
 from sqlalchemy.engine.interfaces import DBAPIConnection
 
 from sessionscope._deadline import Deadline, current, within
@@ -22,6 +25,8 @@ from sessionscope.exc import PoolBusy
 
 # Seconds for which a closed connection may keep its place while the server is silent.
 CLOSING_SECONDS = 0.1
+# Seconds that libpq takes at least to give up connecting.
+_LIBPQ_SECONDS = 2
 
 
 class _Pool(Protocol):
@@ -118,7 +123,9 @@ class Backends:
             except BaseException as error:
                 opening.set_exception(error)
 
-        threading.Thread(target=work, name="sessionscope-connect", daemon=True).start()
+        # In this context, where the deadline is known: limit_connecting().
+        run = copy_context().run
+        threading.Thread(target=run, args=(work,), name="sessionscope-connect", daemon=True).start()
         done: Collection[object] = ()
         try:
             done, _ = wait([opening], deadline.remaining)
@@ -199,6 +206,29 @@ class Backends:
                 return False
             self.count += 1
             return True
+
+
+def limit_connecting(engine: Engine) -> None:
+    """Let libpq give up connecting soon after the unit's deadline, when no one waits any more.
+
+    Else a server that takes connections and never answers would keep all places for minutes.
+    """
+    if engine.dialect.driver not in ("psycopg", "psycopg2") or engine.dialect.is_async:
+        return
+    usual: dict[str, Any] = {}
+
+    def connecting(dialect: object, record: object, args: object, kwargs: dict[str, Any]) -> None:
+        given = usual.setdefault("connect_timeout", kwargs.get("connect_timeout"))
+        deadline = current.get()
+        if deadline is not None:
+            seconds = max(_LIBPQ_SECONDS, ceil(deadline.remaining))
+            kwargs["connect_timeout"] = min(int(given or 0) or seconds, seconds)
+        elif given is not None:
+            kwargs["connect_timeout"] = given
+        else:
+            kwargs.pop("connect_timeout", None)
+
+    event.listen(engine, "do_connect", connecting)
 
 
 _all: weakref.WeakSet[Backends] = weakref.WeakSet()

@@ -14,7 +14,7 @@ from sqlalchemy.engine.interfaces import Dialect
 
 from sessionscope import _sqlite
 from sessionscope._async_backends import AsyncBackends
-from sessionscope._backends import Backends
+from sessionscope._backends import Backends, limit_connecting
 from sessionscope._credentials import ask_for_credentials
 from sessionscope._identity import let_ride
 from sessionscope._liveness import keep_alive
@@ -69,6 +69,7 @@ class Engines:
                 _sqlite.prepare_file(engine, writes=engine is self.write)
             else:
                 keep_alive(engine)
+                limit_connecting(engine)
                 let_ride(engine)
                 limit_statements(engine)
             if options.credentials is not None:

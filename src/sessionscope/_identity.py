@@ -26,30 +26,48 @@ _SERVER = "sessionscope.server"
 _SAYS_ID = "sessionscope transaction "
 
 # An id means something on its server and timeline only: after a failover another
-# transaction may have it. On a standby there is none to be had.
+# transaction may have it. After a crash, too: ids that the log on disk does not mention are given
+# out again. A crash is known by the server's statistics, which it resets. On a standby there is
+# none to be had.
 # The timeline is that of the log: that of the last checkpoint is behind after a promotion.
 _WHICH_SERVER = (
     "SELECT CASE WHEN NOT pg_is_in_recovery() AND to_regproc('pg_current_xact_id') IS NOT NULL "
     "AND EXISTS (SELECT FROM pg_language "
     "WHERE lanname = 'plpgsql' AND has_language_privilege(oid, 'USAGE')) "
-    "THEN system_identifier || '/' || substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8) END "
+    "THEN system_identifier || '/' || substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8) "
+    "|| ' ' || extract(epoch FROM pg_stat_get_bgwriter_stat_reset_time()) END "
     "FROM pg_control_system()"
 )
 _ID = "SELECT pg_current_xact_id()"
 _ID_SO_FAR = "SELECT pg_current_xact_id_if_assigned()"
 # asyncpg drops the rows of a simple query, and hands on what the server reports.
 _TELL_ID = f"DO $$BEGIN RAISE INFO '{_SAYS_ID}%', pg_current_xact_id(); END$$"
-_OUTCOME = "SELECT pg_xact_status('{}'::xid8), server FROM ({}) AS here(server)"
-# Its session may still be there, waiting for a standby or for a client that is gone.
+# Since a crash, the id is another transaction's if it has been given out again. Ours has not
+# committed unless that one has: what has committed is in the log.
+_OUTCOME = """\
+SELECT CASE
+    WHEN server = '{server}' THEN pg_xact_status('{xid}'::xid8)
+    WHEN split_part(server, ' ', 1) <> split_part('{server}', ' ', 1) THEN 'unknown'
+    WHEN '{xid}'::xid8 >= pg_snapshot_xmax(pg_current_snapshot()) THEN 'aborted'
+    WHEN pg_xact_status('{xid}'::xid8) IN ('aborted', 'in progress') THEN 'aborted'
+    ELSE 'unknown' END
+FROM ({which_server}) AS here(server) WHERE server IS NOT NULL"""
+# Its session may still be there, waiting for a client that is gone. One that waits for a standby
+# has committed here, and its end would have it called done before the standby has it.
 _END_BACKEND = (
-    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
-    "WHERE pid = {} AND backend_xid = '{}'::xid8::xid"
+    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid = {} "
+    "AND backend_xid = '{}'::xid8::xid AND wait_event IS DISTINCT FROM 'SyncRep'"
+)
+# A commit of its own, which waits for the same standbys as the one before it, where there are any.
+WAIT_FOR_STANDBYS = (
+    "SELECT pg_logical_emit_message(true, 'sessionscope', '') "
+    "WHERE current_setting('synchronous_standby_names') <> ''"
 )
 
 
 @dataclass(slots=True)
 class Identity:
-    """A transaction of PostgreSQL: its server and timeline, its backend, its 64-bit id."""
+    """A transaction of PostgreSQL: its server, timeline and crash, its backend, its 64-bit id."""
 
     server: str
     backend: int
@@ -57,8 +75,8 @@ class Identity:
 
     @property
     def ask_outcome(self) -> str:
-        """The query for what became of it, and for the server that says so."""
-        return _OUTCOME.format(self.xid, _WHICH_SERVER)
+        """The query for what became of it: its status, "unknown", or no row from a standby."""
+        return _OUTCOME.format(server=self.server, xid=self.xid, which_server=_WHICH_SERVER)
 
     @property
     def end_backend(self) -> str:

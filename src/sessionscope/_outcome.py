@@ -7,9 +7,9 @@ from sqlalchemy import Engine
 from sqlalchemy import exc as sa_exc
 
 from sessionscope._deadline import Deadline
-from sessionscope._identity import Identity
+from sessionscope._identity import WAIT_FOR_STANDBYS, Identity
 from sessionscope._timer import limited
-from sessionscope.exc import DeadlineExceeded
+from sessionscope.exc import CommitUnknown, DeadlineExceeded
 
 # Seconds for which the database is asked, and between two questions.
 _PATIENCE = 5.0
@@ -24,8 +24,8 @@ def has_committed(
     """Return whether a transaction of PostgreSQL has committed; ``None``: it cannot be known.
 
     Asks over a connection of *engine*, at most *seconds* long. The answer counts only if it
-    comes from the same server and timeline: after a failover to another one the same
-    id may be another transaction's.
+    comes from the same server and timeline: after a failover to another one, or a crash, the same
+    id may be another transaction's. What standbys have to confirm has committed once they have.
     """
     if identity.xid is None:
         return None
@@ -33,8 +33,8 @@ def has_committed(
     until = began + (_PATIENCE if seconds is None else min(seconds, _PATIENCE))
     while (left := until - monotonic()) > 0:
         deadline = Deadline(left, None)
-        status, server = _ask(identity, engine, deadline, end=monotonic() - began > _LET_IT_END)
-        if server is not None and server != identity.server:
+        status = _ask(identity, engine, deadline, end=monotonic() - began > _LET_IT_END)
+        if status == "unknown":
             return None
         if status in ("committed", "aborted"):
             return status == "committed"
@@ -42,10 +42,8 @@ def has_committed(
     return None
 
 
-def _ask(
-    identity: Identity, engine: Engine, deadline: Deadline, *, end: bool
-) -> tuple[str | None, str | None]:
-    """Return the transaction's status, and who says so; nothing while no one answers."""
+def _ask(identity: Identity, engine: Engine, deadline: Deadline, *, end: bool) -> str | None:
+    """Return the transaction's status; nothing while no one answers."""
     try:
         with (
             limited(deadline, is_async=engine.dialect.is_async) as timer,
@@ -53,14 +51,17 @@ def _ask(
         ):
             timer.use(connection)
             try:
-                row = connection.exec_driver_sql(identity.ask_outcome).first()
-                if row is None or row[1] is None:  # a standby, so far
-                    return None, None
-                if row[0] == "in progress" and end:
+                status: str | None = connection.exec_driver_sql(identity.ask_outcome).scalar()
+                if status == "in progress" and end:
                     connection.exec_driver_sql(identity.end_backend)
-                return row[0], row[1]
+                elif status == "committed":
+                    connection.exec_driver_sql(WAIT_FOR_STANDBYS)
+                    connection.commit()
+                    if timer.cut:  # a wait that is cancelled ends as if they had answered
+                        return None
+                return status
             finally:
                 if timer.cut:  # a cancellation that is late would hit its next user
                     connection.invalidate()
-    except (sa_exc.DBAPIError, sa_exc.TimeoutError, DeadlineExceeded):
-        return None, None
+    except (sa_exc.DBAPIError, sa_exc.TimeoutError, DeadlineExceeded, CommitUnknown):
+        return None

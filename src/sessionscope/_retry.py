@@ -46,6 +46,8 @@ ATTEMPTS = 15
 # Seconds: before the second attempt at most the first, before later ones twice as long each time.
 _FIRST_PAUSE = 0.01
 _LONGEST_PAUSE = 1.0
+# While it cannot be reached: a unit that waits goes on so soon after its return.
+_LONGEST_PAUSE_AWAY = 0.25
 # How many retries more than successes a Database allows, in all its threads and tasks.
 _RESERVE = 1000
 
@@ -53,7 +55,8 @@ _RESERVE = 1000
 class Budget:
     """How often units may run again: in the long run, no more often than units succeed.
 
-    Without it, a database that fails every unit would get several times its usual load.
+    Without it, a database that fails every unit would get several times its usual load. Attempts to
+    reach one that is away are counted only: each waiting unit makes a few in a second.
     """
 
     def __init__(self) -> None:
@@ -65,11 +68,12 @@ class Budget:
         if self._left < _RESERVE:  # a race costs one retry
             self._left += 1
 
-    def withdraw(self) -> bool:
-        """Take one retry; return whether there was one."""
-        if self._left <= 0:
-            return False
-        self._left -= 1
+    def withdraw(self, *, free: bool) -> bool:
+        """Take one retry, of the allowance unless it is *free*; return whether there was one."""
+        if not free:
+            if self._left <= 0:
+                return False
+            self._left -= 1
         self.spent += 1
         return True
 
@@ -134,7 +138,7 @@ class Attempts:
         if (why := _what_forbids(self._call)) is not None:
             _add_note(error, f"It was not run again, because one of its arguments is {why}")
             return None
-        if not self._budget.withdraw():
+        if not self._budget.withdraw(free=self._is_away):
             _add_note(error, "It was not run again: too many units of work fail at the moment")
             return None
         return pause
@@ -143,7 +147,13 @@ class Attempts:
     def _longest_pause(self) -> float:
         # Full jitter. Those who are in each other's way need as long as they take to pass.
         first = max(_FIRST_PAUSE, 2 * (monotonic() - self._attempt_began))
-        return min(_LONGEST_PAUSE, first * 2.0 ** min(self.number - 1, 20))
+        longest = _LONGEST_PAUSE_AWAY if self._is_away else _LONGEST_PAUSE
+        return min(longest, first * 2.0 ** min(self.number - 1, 20))
+
+    @property
+    def _is_away(self) -> bool:
+        """Whether the database could not be reached by the last attempt."""
+        return self._unreachable_since is not None
 
     def _has_another(self, error: BaseException) -> bool:
         if isinstance(error, DatabaseUnavailable):
