@@ -16,7 +16,7 @@ lint_extras := $(test_extras)
 bench_extras := $(test_extras)
 bench-fastapi-sqla_extras := $(demo_extras)
 
-.PHONY: help demo test test-all fuzz jobs lint bench scorecard requirements clean
+.PHONY: help demo test test-all fuzz jobs pooler lint bench scorecard requirements clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -39,6 +39,10 @@ fuzz: .venv/test/ready ## feed the checker 10,000 programs
 jobs: .venv/test/ready ## run 2,000 Celery tasks on Redis and RabbitMQ, and kill workers
 	@CI=true JOBS_TASKS=2000 $(test_python) -m pytest --timeout=0 -o faulthandler_timeout=0 -s \
 		tests/jobs/test_celery.py -k killed
+
+pooler: .venv/test/ready ## run 10,000 units of each driver through PgBouncer
+	@CI=true POOLER_UNITS=10000 $(test_python) -m pytest --timeout=0 -o faulthandler_timeout=0 \
+		tests/test_pgbouncer.py
 
 lint: .venv/lint/ready ## check style, format and types
 	@$(lint_python) -m ruff check .

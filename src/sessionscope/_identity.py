@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.pool import PoolProxiedConnection
@@ -47,6 +47,10 @@ _END_BACKEND = (
 )
 
 
+# What became of a transaction; the last one: nobody is left who could say.
+Verdict = Literal["committed", "aborted", "unknowable"]
+
+
 @dataclass(slots=True)
 class Identity:
     """A transaction of PostgreSQL: its server and timeline, its backend, its 64-bit id."""
@@ -56,14 +60,25 @@ class Identity:
     xid: int | None = None
 
     @property
-    def ask_outcome(self) -> str:
-        """The query for what became of it, and for the server that says so."""
-        return _OUTCOME.format(self.xid, _WHICH_SERVER)
+    def is_known(self) -> bool:
+        """Whether the server has given it an id, which it does to what writes."""
+        return self.xid is not None
 
-    @property
-    def end_backend(self) -> str:
-        """The query that ends its session, if that is still at this transaction."""
-        return _END_BACKEND.format(self.backend, self.xid)
+    def find_out(self, connection: Connection, *, end: bool) -> Verdict | None:
+        """Return what its server says of it; ``None``: nothing yet. *end* its session, if need be.
+
+        The answer of another server or timeline counts for nothing: there, the same id may be
+        another transaction's.
+        """
+        query = _OUTCOME.format(self.xid, _WHICH_SERVER)
+        status, server = connection.exec_driver_sql(query).one()
+        if server is None:  # a standby, so far
+            return None
+        if server != self.server:
+            return "unknowable"
+        if status == "in progress" and end:
+            connection.exec_driver_sql(_END_BACKEND.format(self.backend, self.xid))
+        return status if status in ("committed", "aborted") else None
 
 
 # Sends BEGIN for a unit and a limit in milliseconds, or has the driver send that with its own.
