@@ -71,8 +71,7 @@ def fill_the_pool(database: Database, size: int) -> None:
         thread.join(10)
 
 
-@pytest.mark.parametrize("driver", ["psycopg", "psycopg2"])
-@pytest.mark.parametrize("commas", [False, True])
+@pytest.mark.parametrize(("driver", "commas"), [("psycopg", False), ("psycopg2", True)])
 def test_one_attempt_fails_on_a_demoted_primary(pair: Pair, driver: str, commas: bool) -> None:
     """Then no connection leads there any more, of writers and of readers."""
     primary, standby = pair

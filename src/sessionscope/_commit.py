@@ -90,7 +90,7 @@ def verify_commits(
 
     def do_rollback(proxied: PoolProxiedConnection) -> None:
         send_rollback(proxied)
-        error: DBAPIError | None = proxied.info.pop(_REFUSED, None)
+        error: DBAPIError | None = _info(proxied).pop(_REFUSED, None)
         # Not before: PostgreSQL answers no question in a failed transaction.
         if error is not None and _leads_astray(dialect, proxied):
             error.connection_invalidated = True
@@ -147,6 +147,13 @@ def _prepare(scope: Scope, proxied: PoolProxiedConnection, outcome_table: str | 
         scope.timer.start_commit()
 
 
+def _info(proxied: PoolProxiedConnection) -> dict[Any, Any]:
+    try:
+        return proxied.info
+    except NotImplementedError:  # SQLAlchemy looks the server over, with a connection of no pool
+        return {}
+
+
 def _leads_astray(dialect: Dialect, proxied: PoolProxiedConnection) -> bool:
     connection = proxied.dbapi_connection
     return connection is not None and is_demoted(dialect, connection)
@@ -158,7 +165,7 @@ def _note_commits(engine: Engine) -> None:
     def executing(cursor: Any, statement: str, *parameters_and_context: Any) -> None:
         context: DefaultExecutionContext = parameters_and_context[-1]
         proxied = context.root_connection.connection
-        scope: Scope | None = proxied.info.get(UNIT)
+        scope: Scope | None = _info(proxied).get(UNIT)
         if scope is not None and commits_by_itself(statement, proxied):
             scope.has_committed = True
 
