@@ -7,7 +7,7 @@ from time import sleep
 
 import pytest
 from sqlalchemy import create_engine, make_url, text
-from sqlalchemy.exc import IntegrityError, OperationalError
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from sessionscope import AsyncDatabase, Database, after_commit
@@ -46,7 +46,14 @@ def mysql_proxy(direct: Database) -> Iterator[FaultProxy]:
 def through(mysql_url: str, mysql_proxy: FaultProxy) -> Iterator[Database]:
     """The same database behind the proxy."""
     with Database(mysql_proxy.through(mysql_url), outcome_table=TABLE) as database:
+        connect(database)
         yield database
+
+
+def connect(database: Database) -> None:
+    """Open a connection, for which there are COMMITs as well."""
+    with database.begin() as session:
+        session.execute(text("SELECT 1"))
 
 
 def add(session: Session, name: str) -> None:
@@ -90,6 +97,8 @@ async def test_a_lost_commit_of_a_task_is_resolved(
 ) -> None:
     url = make_url(mysql_proxy.through(mysql_url)).set(drivername=f"mysql+{driver}")
     async with AsyncDatabase(url, outcome_table=TABLE) as database:
+        async with database.begin() as session:
+            await session.execute(text("SELECT 1"))
         mysql_proxy.aim(fault, b"COMMIT")
         await database.run(add, "pear")
         assert mysql_proxy.hits == 1
@@ -116,9 +125,11 @@ def test_without_run_or_without_the_table_it_is_unknown(
     mysql_proxy.aim(fault, b"COMMIT")
     with pytest.raises(CommitUnknown), through.begin() as session:
         add(session, "pear")
-    mysql_proxy.aim(fault, b"COMMIT")
-    with Database(mysql_proxy.through(mysql_url)) as database, pytest.raises(CommitUnknown):
-        database.run(add, "plum")
+    with Database(mysql_proxy.through(mysql_url)) as database:
+        connect(database)
+        mysql_proxy.aim(fault, b"COMMIT")
+        with pytest.raises(CommitUnknown):
+            database.run(add, "plum")
 
 
 class Lost:
@@ -128,6 +139,9 @@ class Lost:
         self.engine = create_engine(database.engine.url)
         self.connection = self.engine.connect()
         self.marker: Marker = leave_marker(self.connection.connection, TABLE)
+
+    def commit(self) -> None:
+        self.connection.connection.commit()
 
 
 @pytest.fixture
@@ -141,9 +155,8 @@ def lost(direct: Database) -> Iterator[Lost]:
 
 def test_a_session_that_may_still_commit_is_ended(direct: Database, lost: Lost) -> None:
     assert has_committed(lost.marker, direct.read_engine, sleep, None) is False
-    with pytest.raises(OperationalError):
-        lost.connection.commit()
-        lost.connection.execute(text("SELECT 1"))
+    with pytest.raises(direct.engine.dialect.loaded_dbapi.Error):
+        lost.commit()
     assert rows(direct) == [(lost.marker.unit, 0)]
 
 
@@ -151,7 +164,7 @@ def test_a_session_of_another_server_is_not_ended(direct: Database, lost: Lost) 
     """There, its number is another session's."""
     lost.marker.server = "elsewhere"
     assert has_committed(lost.marker, direct.read_engine, sleep, 1.5) is None
-    lost.connection.commit()
+    lost.commit()
     assert has_committed(lost.marker, direct.read_engine, sleep, None) is True
 
 
@@ -162,13 +175,13 @@ def test_a_session_that_commits_meanwhile_is_waited_for(direct: Database, lost: 
     )
     asking.start()
     waits = text(
-        "SELECT COUNT(*) FROM information_schema.innodb_trx "
-        f"WHERE trx_state = 'LOCK WAIT' AND trx_query LIKE '%{lost.marker.unit}%'"
+        "SELECT COUNT(*) FROM information_schema.processlist "
+        f"WHERE info LIKE '%{lost.marker.unit}%' AND id <> CONNECTION_ID()"
     )
     with direct.begin(read_only=True) as session:
         while not session.scalar(waits):
             pass
-    lost.connection.commit()
+    lost.commit()
     asking.join(10)
     assert told == [True]
 
