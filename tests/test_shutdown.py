@@ -101,7 +101,7 @@ asyncio.run(use())
 """
 
 UVICORN = ["uvicorn", "--log-level", "error"]
-GUNICORN = ["gunicorn", "--log-level", "error", "--workers", "3"]
+GUNICORN = ["gunicorn", "--log-level", "error", "--workers", "2"]
 THREADS = ["-k", "gthread", "--threads", "8"]
 ON_UVICORN = ["-k", "uvicorn.workers.UvicornWorker"]
 

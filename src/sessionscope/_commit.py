@@ -107,7 +107,6 @@ def verify_commits(
     dialect.do_rollback = do_rollback  # type: ignore[method-assign, assignment]  # likewise
     if dialect.name in ("mysql", "mariadb"):
         dialect.do_begin = do_begin  # type: ignore[method-assign, assignment]  # likewise
-        _note_commits(engine)
     dialect.do_rollback_to_savepoint = do_rollback_to_savepoint  # type: ignore[method-assign]  # likewise
     _listen(engine, database)
 
@@ -159,8 +158,13 @@ def _leads_astray(dialect: Dialect, proxied: PoolProxiedConnection) -> bool:
     return connection is not None and is_demoted(dialect, connection)
 
 
-def _note_commits(engine: Engine) -> None:
-    """Note what MySQL commits by itself in the middle of a unit, which then may not run again."""
+def note_commits(engine: Engine) -> None:
+    """Note what MySQL commits by itself in the middle of a unit, which then may not run again.
+
+    Before other listeners, which may end the chain.
+    """
+    if engine.dialect.name not in ("mysql", "mariadb"):
+        return
 
     def executing(cursor: Any, statement: str, *parameters_and_context: Any) -> None:
         context: DefaultExecutionContext = parameters_and_context[-1]
@@ -170,7 +174,7 @@ def _note_commits(engine: Engine) -> None:
             scope.has_committed = True
 
     for name in ("do_execute", "do_executemany", "do_execute_no_params"):
-        event.listen(engine, name, executing, insert=True)  # the others may end the chain
+        event.listen(engine, name, executing)
 
 
 def is_committing(connection: Connection) -> bool:

@@ -16,6 +16,7 @@ from sqlalchemy.pool import PoolProxiedConnection
 from sessionscope import _sqlite
 from sessionscope._async_backends import AsyncBackends
 from sessionscope._backends import Backends
+from sessionscope._commit import note_commits
 from sessionscope._credentials import ask_for_credentials
 from sessionscope._identity import let_ride
 from sessionscope._liveness import keep_alive
@@ -72,6 +73,7 @@ class Engines:
             else:
                 keep_alive(engine)
                 let_ride(engine)
+                note_commits(engine)
                 limit_statements(engine)
             if options.credentials is not None:
                 ask_for_credentials(engine, options.credentials)
