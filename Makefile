@@ -19,7 +19,7 @@ bench-fastapi-sqla_extras := $(demo_extras)
 # Each is a target of its own, faults-NAME.
 fault_suites := state-machine calls sqlalchemy server nemesis soak
 
-.PHONY: help demo test test-all fuzz jobs init-test faults faults-server faults-nemesis faults-soak lint bench scorecard requirements clean
+.PHONY: help demo test test-all fuzz jobs pooler init-test faults faults-server faults-nemesis faults-soak lint bench scorecard requirements clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -60,6 +60,10 @@ faults-nemesis: .venv/test/ready ## break everything under writing clients (NEME
 
 faults-soak: .venv/test/ready ## let very many units leave nothing behind (SOAK_UNITS=100000)
 	@PYTHONPATH=src $(test_python) -m tests.faults.soak --units $(or $(SOAK_UNITS),100000)
+
+pooler: .venv/test/ready ## run 10,000 units of each driver through PgBouncer
+	@CI=true POOLER_UNITS=10000 $(test_python) -m pytest --timeout=0 -o faulthandler_timeout=0 \
+		tests/test_pgbouncer.py
 
 lint: .venv/lint/ready ## check style, format and types
 	@$(lint_python) -m ruff check .

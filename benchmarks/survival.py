@@ -12,7 +12,6 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -20,9 +19,12 @@ from time import monotonic, sleep
 from typing import Any
 
 import psycopg
-from sqlalchemy import literal, make_url, select
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+from sqlalchemy import create_engine, literal, make_url, select, text
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.orm import Session
 
+from benchmarks import _async_survival
+from benchmarks._entries import Base, Entry, Number, Told
 from benchmarks._postgres import conninfo
 from benchmarks._report import Figure, Report
 from sessionscope import Database
@@ -31,49 +33,6 @@ from sessionscope.testing import Fault, FaultProxy, PostgresServer
 
 _WRITERS = 4
 _PATIENCE = 60.0
-
-
-class _Base(DeclarativeBase):
-    pass
-
-
-class Entry(_Base):
-    """One acknowledged unit; its name is not unique, so that a second time can be seen."""
-
-    __tablename__ = "entry"
-
-    id: Mapped[int] = mapped_column(primary_key=True)
-    name: Mapped[str]
-
-
-class Number(_Base):
-    """A number that everybody increments."""
-
-    __tablename__ = "counter"
-
-    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
-    value: Mapped[int]
-
-
-@dataclass
-class Told:
-    """What the writers were told of each name, and what they raised."""
-
-    stored: list[str] = field(default_factory=list)
-    unknown: list[str] = field(default_factory=list)
-    failed: list[str] = field(default_factory=list)
-    errors: Counter[str] = field(default_factory=Counter)
-
-    def judge(self, found: Counter[str]) -> dict[str, int]:
-        """Compare with what is *found* in the table."""
-        return {
-            "acknowledged": len(self.stored),
-            "failed": len(self.failed),
-            "unknown": len(self.unknown),
-            "lost": sum(name not in found for name in self.stored),
-            "twice": sum(times > 1 for times in found.values()),
-            "failed but stored": sum(name in found for name in self.failed),
-        }
 
 
 def run(*, url: str | None, short: bool) -> Report:
@@ -87,6 +46,8 @@ def run(*, url: str | None, short: bool) -> Report:
         report.figures.extend(_silent(server))
         report.figures.extend(_forked(server))
         report.figures.extend(_incremented(server))
+        report.figures.extend(_cancelled(server, 20 if short else 200))
+    report.figures.extend(_incremented_on_mariadb())
     report.figures.extend(_incremented_in_a_file(short=short))
     return report
 
@@ -128,7 +89,7 @@ def _restarted(server: PostgresServer, *, seconds: float) -> Iterator[Figure]:
 def _writers(server: PostgresServer, *, by_run: bool) -> Iterator[tuple[Told, Database, str]]:
     url = server.create_database()
     database = Database(url)
-    _Base.metadata.create_all(database.engine)
+    Base.metadata.create_all(database.engine)
     told, stop = Told(), threading.Event()
     names = map(str, count())
     threads = [
@@ -198,7 +159,7 @@ def _ambiguous(server: PostgresServer, times: int) -> Iterator[Figure]:
     """Cut the connection before, and after, the server has committed."""
     url = server.create_database()
     with Database(url) as direct:
-        _Base.metadata.create_all(direct.engine)
+        Base.metadata.create_all(direct.engine)
     faults: tuple[Fault, ...] = ("cut before", "cut after")
     for fault in faults:
         right = 0
@@ -260,7 +221,7 @@ def _right_answers(database: Database, times: int) -> int:
 def _incremented(server: PostgresServer) -> Iterator[Figure]:
     """A12: ten threads increment one number."""
     with Database(server.create_database()) as database:
-        _Base.metadata.create_all(database.engine)
+        Base.metadata.create_all(database.engine)
         with database.begin() as session:
             session.add(Number(id=1, value=0))
         increment = database.with_session(isolation_level="SERIALIZABLE")(_increment)
@@ -268,6 +229,81 @@ def _incremented(server: PostgresServer) -> Iterator[Figure]:
         value, retried = database.run(_value), database.stats().retried
     note = f"{len(errors)} errors, {retried} retries"
     yield Figure("SERIALIZABLE increments", value, "of 200", at_least=200, note=note)
+    for driver in ("asyncpg", "psycopg"):
+        url = _with_a_number(server)
+        value, failed, retried = _async_survival.incremented(
+            make_url(url).set(drivername=f"postgresql+{driver}")
+        )
+        note = f"{failed} errors, {retried} retries"
+        yield Figure(f"{driver}, tasks: increments", value, "of 200", at_least=200, note=note)
+
+
+def _with_a_number(server: PostgresServer) -> str:
+    """Return a new database with the tables, and the number."""
+    url = server.create_database()
+    with Database(url) as database:
+        Base.metadata.create_all(database.engine)
+        with database.begin() as session:
+            session.add(Number(id=1, value=0))
+    return url
+
+
+def _cancelled(server: PostgresServer, times: int) -> Iterator[Figure]:
+    """A14: cancel units of tasks, many of them during COMMIT."""
+    for driver in ("asyncpg", "psycopg"):
+        url = make_url(_with_a_number(server)).set(drivername=f"postgresql+{driver}")
+        with FaultProxy("127.0.0.1", url.port or 5432) as proxy:
+            proxy.set_delay(_async_survival.DELAY)
+            told, found = _async_survival.cancelled(url.set(port=proxy.port), times)
+        judged = told.judge(found)
+        note = f"{len(told.failed)} of {times} were cancelled in time"
+        yield Figure(
+            f"{driver}, cancelled: acknowledged", judged["acknowledged"], "units", note=note
+        )
+        for what in ("unknown", "lost", "twice", "failed but stored"):
+            yield Figure(f"{driver}, cancelled: {what}", judged[what], "units", at_most=0)
+
+
+def _incremented_on_mariadb() -> Iterator[Figure]:
+    """A12 on MariaDB, where one listens on localhost: ten threads lock a row after reading another.
+
+    Half of them go the other way round, so that there are deadlocks.
+    """
+    url = make_url("mysql+pymysql://root@127.0.0.1:3306")
+    name = f"sessionscope_bench_{os.getpid()}"
+    server = create_engine(url, isolation_level="AUTOCOMMIT")
+    try:
+        with server.connect() as connection:
+            connection.execute(text(f"CREATE OR REPLACE DATABASE {name}"))
+    except OperationalError:
+        return
+    try:
+        with Database(url.set(database=name)) as database:
+            Base.metadata.create_all(database.engine)
+            with database.begin() as session:
+                session.add_all([Number(id=1, value=0), Number(id=2, value=0)])
+            turns = count()
+
+            def work() -> None:
+                first = next(turns) % 2 + 1
+                for _ in range(20):
+                    database.run(_increment_both, first)
+
+            errors = _in_threads(10, work)
+            value, retried = database.run(_value), database.stats().retried
+    finally:
+        with server.connect() as connection:
+            connection.execute(text(f"DROP DATABASE {name}"))
+        server.dispose()
+    note = f"{len(errors)} errors, {retried} retries"
+    yield Figure("MariaDB, FOR UPDATE: increments", value, "of 200", at_least=200, note=note)
+
+
+def _increment_both(session: Session, first: int) -> None:
+    for number in (first, 3 - first):
+        query = select(Number).where(Number.id == number).with_for_update()
+        session.scalars(query).one().value += 1
+        session.flush()
 
 
 def _increment(session: Session) -> None:
@@ -302,7 +338,7 @@ def _incremented_in_a_file(*, short: bool) -> Iterator[Figure]:
     with tempfile.TemporaryDirectory() as folder:
         url = f"sqlite:///{Path(folder) / 'counter.db'}"
         with Database(url) as database:
-            _Base.metadata.create_all(database.engine)
+            Base.metadata.create_all(database.engine)
             with database.begin() as session:
                 session.add(Number(id=1, value=0))
             done = _sum_of_children(8, partial(_increments, database, times))

@@ -3,10 +3,13 @@
 from collections.abc import Iterator
 
 import pytest
-from sqlalchemy import Engine, create_engine, make_url, text
+from sqlalchemy import Engine, create_engine, event, make_url, text
 
 from sessionscope import AsyncDatabase, Database
 from sessionscope.exc import ConfigurationError, DatabaseUnavailable
+from sessionscope.testing import PostgresServer
+from tests.conftest import missing
+from tests.replication import ask, until
 
 
 class Login:
@@ -100,3 +103,81 @@ def test_what_is_no_login_is_refused(mysql_url: str) -> None:
         pytest.raises(ConfigurationError, match="returned a int"),
     ):
         database.ping()
+
+
+def test_only_a_refused_login_is_tried_again(mysql_url: str, login: Login) -> None:
+    """Whatever else is wrong would only be wrong twice."""
+    with (
+        Database(make_url(mysql_url).set(database="nowhere"), credentials=login) as database,
+        pytest.raises(DatabaseUnavailable, match="nowhere"),
+    ):
+        user(database)
+    assert login.asked == 1
+
+
+def test_listeners_of_your_own_are_called_as_well(mysql_url: str, login: Login) -> None:
+    seen: list[bool] = []
+    with Database(mysql_url, credentials=login) as database:
+
+        @event.listens_for(database.read_engine, "do_connect")
+        def connecting(dialect: object, record: object, args: object, kwargs: object) -> None:
+            seen.append(True)
+
+        assert user(database).startswith("app@")
+    assert seen == [True]
+
+
+@pytest.fixture
+def strict_server() -> Iterator[PostgresServer]:
+    """A PostgreSQL server that wants a password of its user app."""
+    try:
+        server = PostgresServer()
+    except ModuleNotFoundError as error:
+        missing(str(error))
+    with server:
+        assert server._home is not None
+        rules = "host all app 127.0.0.1/32 scram-sha-256\nhost all all 127.0.0.1/32 trust\n"
+        (server._home.data / "pg_hba.conf").write_text(rules)
+        ask(server, "CREATE USER app PASSWORD 'second'")
+        ask(server, "SELECT pg_reload_conf()")
+        until(server, "SELECT count(*) = 2 FROM pg_hba_file_rules")
+        yield server
+
+
+@pytest.mark.parametrize("driver", ["psycopg", "psycopg2", "asyncpg"])
+@pytest.mark.anyio
+async def test_a_change_just_then_is_no_error_on_postgresql(
+    strict_server: PostgresServer, driver: str
+) -> None:
+    """libpq has no code for a refused login."""
+    passwords = iter(["first", "second"])
+    asked = 0
+
+    def tell() -> tuple[str, str]:
+        nonlocal asked
+        asked += 1
+        return "app", next(passwords)
+
+    url = make_url(strict_server.url()).set(drivername=f"postgresql+{driver}")
+    who = text("SELECT current_user")
+    if driver == "asyncpg":
+        async with AsyncDatabase(url, credentials=tell) as database:
+            assert await database.run(lambda session: session.scalar(who)) == "app"
+    else:
+        with Database(url, credentials=tell) as sync:
+            assert sync.run(lambda session: session.scalar(who)) == "app"
+    assert asked == 2
+
+
+@pytest.mark.parametrize(
+    ("url", "options", "what"),
+    [
+        ("sqlite://", {}, "SQLite knows no users"),
+        ("postgresql://u@h/d", {"creator": print}, "engine_options has 'creator'"),
+    ],
+)
+def test_credentials_that_no_one_would_ask_for_are_refused(
+    url: str, options: dict[str, object], what: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=what):
+        Database(url, credentials=str, engine_options=options)

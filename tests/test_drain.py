@@ -64,7 +64,8 @@ def test_who_computes_is_refused_when_it_asks_again(database: Database) -> None:
     assert database.drain(0.1) is False
     drained.set()
     thread.join(10)
-    assert len(errors) == 1
+    assert [type(error) for error in errors] == [DatabaseUnavailable]
+    assert "was cut off by drain(0.1)" in str(errors[0])
     assert names(database) == []
 
 

@@ -291,3 +291,48 @@ def test_what_prevents_a_connection_is_named_with_its_mend(server: str, message:
         with pytest.raises(DatabaseUnavailable, match=message) as caught:
             database.ping()
     assert "wrong" not in str(caught.value)
+
+
+PROCEDURE = "CREATE PROCEDURE store() BEGIN INSERT INTO item (name) VALUES ('fig'); COMMIT; END"
+SAYS_DEADLOCK = text(
+    "SIGNAL SQLSTATE '40001' SET MYSQL_ERRNO = 1213, MESSAGE_TEXT = 'Deadlock found'"
+)
+
+
+@pytest.mark.parametrize("timeout", [None, 30.0])
+@pytest.mark.parametrize(
+    ("statement", "calls"),
+    [
+        ("CREATE TABLE other (id INT)", 1),
+        ("/* why */ -- and\n create index by_name ON item (name)", 1),
+        ("TRUNCATE TABLE note", 1),
+        ("CALL store()", 1),
+        ("CREATE TEMPORARY TABLE IF NOT EXISTS other (id INT)", 2),
+        ("UPDATE item SET name = 'lime' WHERE id = 0", 2),
+    ],
+)
+def test_what_mysql_commits_by_itself_is_not_run_again(
+    mysql: Database, statement: str, calls: int, timeout: float | None
+) -> None:
+    """The first half of the unit is there to stay, and would be applied twice."""
+    with mysql.engine.begin() as connection:
+        connection.exec_driver_sql(PROCEDURE)
+    called = 0
+
+    @mysql.with_session(timeout=timeout)
+    def work(session: Session) -> None:
+        nonlocal called
+        called += 1
+        session.execute(text("INSERT INTO item (name) VALUES ('pear')"))
+        session.execute(text(statement))
+        session.execute(text("SELECT 1"))
+        if called == 1:
+            session.execute(SAYS_DEADLOCK)
+
+    if calls == 1:
+        with pytest.raises(sa_exc.OperationalError, match="1213"):
+            work()
+    else:
+        work()
+    assert called == calls
+    assert names(mysql).count("pear") == 1

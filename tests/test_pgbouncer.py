@@ -1,6 +1,7 @@
 """Behind PgBouncer in transaction mode: no statement and no setting is left in a session."""
 
 import asyncio
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -13,7 +14,8 @@ from tests.conftest import missing, with_psycopg2
 from tests.models import Item, create_tables, names
 from tests.pgbouncer import PROGRAM, pgbouncer
 
-UNITS = 200
+# `make pooler` asks for 10,000.
+UNITS = int(os.environ.get("POOLER_UNITS", "200"))
 
 
 @pytest.fixture

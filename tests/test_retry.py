@@ -1,5 +1,6 @@
 """Whole units run again: for which errors, how often, and never twice."""
 
+import asyncio
 import sqlite3
 import threading
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 from sqlalchemy import make_url, select, text
 from sqlalchemy.exc import DBAPIError, OperationalError, PendingRollbackError
+from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from sessionscope import AsyncDatabase, Database, after_commit, after_rollback
@@ -225,6 +227,74 @@ def test_other_errors_do_not_run_again(database: Database) -> None:
     with pytest.raises(DBAPIError):
         database.run(work)
     assert calls == 1
+
+
+def test_hooks_run_if_no_other_attempt_begins_after_all(postgres_url: str) -> None:
+    """Somebody else has taken the slot meanwhile: the call has failed, with its last attempt."""
+    work, taken, done = Failing(times=9), threading.Event(), threading.Event()
+    threads: list[threading.Thread] = []
+
+    def hold() -> None:
+        with database.begin():
+            taken.set()
+            done.wait(10)
+
+    def take(event: Event) -> None:
+        if isinstance(event, UnitRetried):
+            threads.append(threading.Thread(target=hold))
+            threads[-1].start()
+            taken.wait(10)
+
+    options: dict[str, Any] = {"pool_size": 1, "max_overflow": 0, "pool_timeout": 0.1}
+    with Database(postgres_url, observers=[take], **options) as database:
+        Item.metadata.create_all(database.engine)
+        with pytest.raises(PoolBusy):
+            database.run(work)
+        done.set()
+        threads[0].join(10)
+    assert len(work.sessions) == 1
+    assert work.hooks == ["rolled back 1"]
+
+
+@pytest.mark.anyio
+async def test_hooks_run_if_the_pause_is_cancelled(postgres_url: str) -> None:
+    work = Failing(times=9)
+
+    def cancel(event: Event) -> None:
+        if isinstance(event, UnitRetried):
+            running.cancel()
+
+    async with AsyncDatabase(postgres_url, observers=[cancel]) as database:
+        with Database(postgres_url) as beside:
+            Item.metadata.create_all(beside.engine)
+        running = asyncio.create_task(database.run(work))
+        with pytest.raises(asyncio.CancelledError):
+            await running
+    assert len(work.sessions) == 1
+    assert work.hooks == ["rolled back 1"]
+
+
+@pytest.mark.anyio
+async def test_two_hundred_increments_of_ten_tasks_are_all_there(postgres_url: str) -> None:
+    """A12 on asyncpg."""
+    with Database(postgres_url) as beside:
+        Item.metadata.create_all(beside.engine)
+        with beside.begin() as session:
+            session.add(Item(id=1, name="0"))
+    url = make_url(postgres_url).set(drivername="postgresql+asyncpg")
+    async with AsyncDatabase(url) as database:
+
+        @database.with_session(isolation_level="SERIALIZABLE")
+        async def increment(session: AsyncSession) -> None:
+            item = await session.get_one(Item, 1)
+            item.name = str(int(item.name) + 1)
+
+        async def work() -> None:
+            for _ in range(20):
+                await increment()
+
+        await asyncio.gather(*(work() for _ in range(10)))
+        assert await database.run(lambda session: session.get_one(Item, 1).name) == "200"
 
 
 def test_the_error_of_another_database_does_not_run_again(psycopg: Database) -> None:

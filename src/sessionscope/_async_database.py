@@ -13,6 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session
 from sqlalchemy.util import greenlet_spawn
 
+from sessionscope import _async_unit
 from sessionscope._async_source import AsyncSessionT, AsyncSource, create_engine
 from sessionscope._credentials import Credentials
 from sessionscope._entry import async_entry_point, finished, is_async, refuse_bare
@@ -107,6 +108,7 @@ class AsyncDatabase(Generic[AsyncSessionT]):
         timeout: float | None = None,
         credentials: Credentials | None = None,
         pooler: str | None = None,
+        outcome_table: str | None = None,
         isolation_level: str | None = None,
         session_class: type[AsyncSessionT] = AsyncSession,  # type: ignore[assignment]  # a TypeVar's default
         engine_options: Mapping[str, Any] | None = None,
@@ -122,6 +124,7 @@ class AsyncDatabase(Generic[AsyncSessionT]):
             timeout=timeout,
             credentials=credentials,
             pooler=pooler,
+            outcome_table=outcome_table,
             isolation_level=isolation_level,
             session_class=session_class,
             session_base=AsyncSession,
@@ -307,30 +310,35 @@ class AsyncDatabase(Generic[AsyncSessionT]):
         call = fn, args, kwargs
         trying = source.attempts(call, attempts, timeout)
         is_plain = not is_async(fn)
-        while True:
-            unit: Unit[Any] = Unit(
-                self,
-                read_only=read_only,
-                isolation_level=isolation_level,
-                independent=independent,
-                opened_at=place_of(fn),
-                plain=is_plain,
-                attempts=trying,
-            )
-            try:
-                async with _Block(unit) as session:
-                    if is_plain:
-                        result = await greenlet_spawn(_call, fn, session, args, kwargs)
-                    else:
-                        result = await fn(session, *args, **kwargs)
-            except Exception as error:
-                if trying.pause is None:
-                    raise
-                pause = source.again(trying, call, error)
-            else:
-                trying.succeeded()
-                return result
-            await asyncio.sleep(pause)
+        try:
+            while True:
+                unit: Unit[Any] = Unit(
+                    self,
+                    read_only=read_only,
+                    isolation_level=isolation_level,
+                    independent=independent,
+                    opened_at=place_of(fn),
+                    plain=is_plain,
+                    attempts=trying,
+                )
+                try:
+                    async with _Block(unit) as session:
+                        if is_plain:
+                            result = await greenlet_spawn(_call, fn, session, args, kwargs)
+                        else:
+                            result = await fn(session, *args, **kwargs)
+                except Exception as error:
+                    if trying.pause is None:
+                        raise
+                    pause = source.again(trying, call, error)
+                else:
+                    trying.succeeded()
+                    return result
+                await asyncio.sleep(pause)
+        except BaseException:
+            if (undone := trying.give_up()) is not None:
+                await _async_unit.end(undone)
+            raise
 
 
 def _call(fn: Callable[..., Any], session: Any, args: tuple[Any, ...], kwargs: Any) -> Any:

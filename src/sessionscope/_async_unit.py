@@ -20,7 +20,7 @@ from sessionscope.exc import CommitUnknown
 _tasks: set[asyncio.Task[Any]] = set()
 
 
-async def end(finish: Callable[[], None]) -> None:
+async def end(finish: Callable[[], object]) -> None:
     """Call *finish*, which nothing can prevent, in a task of its own.
 
     A cancellation is delivered at once, and *finish* goes on.

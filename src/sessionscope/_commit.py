@@ -7,46 +7,59 @@ that it has committed. An error alone proves nothing (a savepoint may have been 
 so the driver is asked (see _doom).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from sqlalchemy import Connection, Engine, event
-from sqlalchemy.engine.interfaces import ExceptionContext
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.engine.default import DefaultExecutionContext
+from sqlalchemy.engine.interfaces import Dialect, ExceptionContext
+from sqlalchemy.exc import DBAPIError, InterfaceError, InternalError, OperationalError
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection, StaticPool
 
+from sessionscope._demotion import is_demoted, may_be_demoted
 from sessionscope._doom import (
     IN_FAILED_TRANSACTION,
     LOST,
     SUSPECT,
+    WAS_OPEN,
+    commits_by_itself,
     doom_check,
     has_lost_transaction,
 )
 from sessionscope._guards import Scope
 from sessionscope._identity import ask_late
+from sessionscope._marker import leave_marker
 from sessionscope._places import describe
-from sessionscope._retry import code_of, mark, sqlstate_of
+from sessionscope._retry import mark, sqlstate_of
 from sessionscope._watch import UNIT
 from sessionscope.exc import CommitUnknown, DatabaseUnavailable, TransactionDoomed
 
 _COMMITTING = "sessionscope.committing"
-
-# What a standby says to a write: read_only_sql_transaction; ER_OPTION_PREVENTS_STATEMENT
-# (--read-only) and ER_READ_ONLY_MODE.
-_READ_ONLY_TRANSACTION = "25006"
-_MYSQL_READ_ONLY = {1290, 1836}
+# Of the error of a server that refuses to write, which may be the wrong one.
+_REFUSED = "sessionscope.refused"
 # What the next user of a connection must not find in its info.
-_OF_ONE_USER = (UNIT, SUSPECT, LOST, _COMMITTING)
+_OF_ONE_USER = (UNIT, SUSPECT, LOST, WAS_OPEN, _COMMITTING, _REFUSED)
 
 # What failed earlier in the transaction: the statement and the error.
 _Suspect = tuple[str | None, BaseException]
 
 
-def verify_commits(engine: Engine, database: str) -> None:
-    """Make COMMIT on *engine* raise TransactionDoomed where it would not commit."""
+def verify_commits(
+    engine: Engine,
+    database: str,
+    renew: Callable[[PoolProxiedConnection], None],
+    outcome_table: str | None,
+) -> None:
+    """Make COMMIT on *engine* raise TransactionDoomed where it would not commit.
+
+    *renew* replaces all connections as old as the given one, whose server is a primary no more.
+    With each unit that may run again a row of *outcome_table* is committed.
+    """
     dialect = engine.dialect
     is_doomed = doom_check(dialect.name, dialect.driver)
     send_commit = dialect.do_commit
     send_begin = dialect.do_begin
+    send_rollback = dialect.do_rollback
     to_savepoint = dialect.do_rollback_to_savepoint
 
     def do_commit(proxied: PoolProxiedConnection) -> None:
@@ -60,7 +73,7 @@ def verify_commits(engine: Engine, database: str) -> None:
             dialect.do_rollback(proxied)
             raise error
         if scope is not None and scope.on_begin is not None:
-            _prepare(scope, proxied)
+            _prepare(scope, proxied, outcome_table)
         info[_COMMITTING] = True
         # Not through the proxy, which looks its methods up the slow way.
         send_commit(proxied.dbapi_connection)  # type: ignore[arg-type]  # it is connected
@@ -73,6 +86,15 @@ def verify_commits(engine: Engine, database: str) -> None:
     def do_begin(proxied: PoolProxiedConnection) -> None:
         send_begin(proxied)
         proxied.info.pop(LOST, None)
+        proxied.info.pop(WAS_OPEN, None)
+
+    def do_rollback(proxied: PoolProxiedConnection) -> None:
+        send_rollback(proxied)
+        error: DBAPIError | None = _info(proxied).pop(_REFUSED, None)
+        # Not before: PostgreSQL answers no question in a failed transaction.
+        if error is not None and _leads_astray(dialect, proxied):
+            error.connection_invalidated = True
+            renew(proxied)
 
     def do_rollback_to_savepoint(connection: Connection, name: str) -> None:
         to_savepoint(connection, name)
@@ -82,6 +104,7 @@ def verify_commits(engine: Engine, database: str) -> None:
     # Any listener on an Engine makes each Connection build a dispatcher for every
     # event that it passes, which costs a read unit a third of its instructions.
     dialect.do_commit = do_commit  # type: ignore[method-assign, assignment]  # as a subclass would
+    dialect.do_rollback = do_rollback  # type: ignore[method-assign, assignment]  # likewise
     if dialect.name in ("mysql", "mariadb"):
         dialect.do_begin = do_begin  # type: ignore[method-assign, assignment]  # likewise
     dialect.do_rollback_to_savepoint = do_rollback_to_savepoint  # type: ignore[method-assign]  # likewise
@@ -113,12 +136,45 @@ def _listen(engine: Engine, database: str) -> None:
     event.listen(engine, "checkin", returned)
 
 
-def _prepare(scope: Scope, proxied: PoolProxiedConnection) -> None:
+def _prepare(scope: Scope, proxied: PoolProxiedConnection, outcome_table: str | None) -> None:
     """Prepare the COMMIT of a unit that has a deadline, or may run again."""
-    if scope.timer is not None:
-        scope.timer.start_commit()
     if scope.identity is not None and scope.identity.xid is None:
         ask_late(scope.identity, proxied)
+    if outcome_table is not None and scope.may_run_again and not scope.read_only:
+        scope.identity = leave_marker(proxied, outcome_table)
+    if scope.timer is not None:  # last: from here on the deadline waits for the outcome
+        scope.timer.start_commit()
+
+
+def _info(proxied: PoolProxiedConnection) -> dict[Any, Any]:
+    try:
+        return proxied.info
+    except NotImplementedError:  # SQLAlchemy looks the server over, with a connection of no pool
+        return {}
+
+
+def _leads_astray(dialect: Dialect, proxied: PoolProxiedConnection) -> bool:
+    connection = proxied.dbapi_connection
+    return connection is not None and is_demoted(dialect, connection)
+
+
+def note_commits(engine: Engine) -> None:
+    """Note what MySQL commits by itself in the middle of a unit, which then may not run again.
+
+    Before other listeners, which may end the chain.
+    """
+    if engine.dialect.name not in ("mysql", "mariadb"):
+        return
+
+    def executing(cursor: Any, statement: str, *parameters_and_context: Any) -> None:
+        context: DefaultExecutionContext = parameters_and_context[-1]
+        proxied = context.root_connection.connection
+        scope: Scope | None = _info(proxied).get(UNIT)
+        if scope is not None and commits_by_itself(statement, proxied):
+            scope.has_committed = True
+
+    for name in ("do_execute", "do_executemany", "do_execute_no_params"):
+        event.listen(engine, name, executing)
 
 
 def is_committing(connection: Connection) -> bool:
@@ -177,22 +233,13 @@ def _note_failure(context: ExceptionContext, database: str) -> BaseException | N
         )
         unknown.lost = error
         return unknown
-    if _is_demoted(context, info):
-        context.is_disconnect = True  # all of the pool's connections lead to the wrong server
+    if scope is not None and not scope.read_only and may_be_demoted(orig):
+        info[_REFUSED] = error
     info[SUSPECT] = (context.statement, error)
     if has_lost_transaction(context):
         info[LOST] = True
         _refuse_further_statements(connection)
     return _unwritable(context) if connection.dialect.name == "sqlite" else None
-
-
-def _is_demoted(context: ExceptionContext, info: dict[Any, Any]) -> bool:
-    """Return whether a writing unit has met a server that only reads: no primary any more."""
-    scope: Scope | None = info.get(UNIT)
-    if scope is None or scope.read_only:
-        return False
-    orig = context.original_exception
-    return sqlstate_of(orig) == _READ_ONLY_TRANSACTION or code_of(orig) in _MYSQL_READ_ONLY
 
 
 def _refuse_further_statements(connection: Connection) -> None:
@@ -208,8 +255,10 @@ def _refuse_further_statements(connection: Connection) -> None:
 
 def _unavailable(context: ExceptionContext, database: str) -> BaseException | None:
     error = context.sqlalchemy_exception
-    # asyncpg's refusals at connect, of a password for one, are of no special kind.
-    is_ours = isinstance(error, (OperationalError, InterfaceError)) or type(error) is DBAPIError
+    # asyncpg's refusals at connect, of a password for one, are of no special kind; that no host
+    # has the target_session_attrs of the URL is an InternalError.
+    kinds = OperationalError, InterfaceError, InternalError
+    is_ours = isinstance(error, kinds) or type(error) is DBAPIError
     if context.is_pre_ping or not is_ours:
         return None
     orig = context.original_exception

@@ -4,8 +4,7 @@ from collections.abc import Awaitable, Callable
 from inspect import isawaitable
 from typing import Any
 
-from sqlalchemy import Engine, event
-from sqlalchemy.engine.interfaces import Dialect
+from sqlalchemy import Engine
 from sqlalchemy.util import await_only
 
 from sessionscope.exc import ConfigurationError
@@ -14,24 +13,42 @@ from sessionscope.exc import ConfigurationError
 Login = str | tuple[str, str]
 Credentials = Callable[[], Login | Awaitable[Login]]
 
+# invalid_authorization_specification and invalid_password; ER_ACCESS_DENIED_ERROR of MySQL.
+_REFUSED = {"28000", "28P01"}
+_ACCESS_DENIED = 1045
+# Of every method that PostgreSQL knows: password, PAM, LDAP, RADIUS.
+_AUTHENTICATION_FAILED = "authentication failed"
+
 
 def ask_for_credentials(engine: Engine, credentials: Credentials) -> None:
-    """Log in to each new connection of *engine* with what *credentials* returns then."""
+    """Log in to each new connection of *engine* with what *credentials* returns then.
 
-    def connecting(
-        dialect: Dialect, record: object, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    If the server refuses that, and they have changed meanwhile, once more.
+    """
+    dialect = engine.dialect
+    connect = dialect.connect
+
+    def connect_with_login(*args: Any, **kwargs: Any) -> Any:
         login = _login(credentials)
         try:
-            return dialect.connect(*args, **{**kwargs, **login})
-        except dialect.loaded_dbapi.Error:
+            return connect(*args, **{**kwargs, **login})
+        except Exception as error:
             # They may have been changed on the server just now.
-            fresh = _login(credentials)
-            if fresh == login:
+            if not _is_refused(error) or (fresh := _login(credentials)) == login:
                 raise
-        return dialect.connect(*args, **{**kwargs, **fresh})
+        return connect(*args, **{**kwargs, **fresh})
 
-    event.listen(engine, "do_connect", connecting)
+    # A do_connect listener that connects would end the chain of those after it.
+    dialect.connect = connect_with_login  # type: ignore[method-assign]  # as a subclass would
+
+
+def _is_refused(error: Exception) -> bool:
+    """Return whether the server has refused the login: libpq has only words for that."""
+    return (
+        getattr(error, "sqlstate", None) in _REFUSED
+        or next(iter(error.args), None) == _ACCESS_DENIED
+        or _AUTHENTICATION_FAILED in str(error)
+    )
 
 
 def _login(credentials: Credentials) -> dict[str, str]:

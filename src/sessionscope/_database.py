@@ -63,6 +63,9 @@ class Database(Generic[SessionT]):
     the commit (``None``: any number). *credentials* is called before each new connection
     and returns a password, or a user and a password. *pooler* names what stands before
     the server: ``"pgbouncer-transaction"``; read-only units then are transactions, too.
+    *outcome_table* names a table of MySQL or MariaDB that you have made: each unit of ``run()``
+    leaves a row there, for one round trip more, by which a lost COMMIT is looked up
+    (the CREATE TABLE is in docs/how-to/lost-commits.md; PostgreSQL needs none).
     *isolation_level* is that of writing units, one of SQLAlchemy's names; SQLite's
     are all serializable. Sessions are of *session_class*. *engine_options* and
     *session_options* go to ``create_engine()``, which here hides SQL parameters, and
@@ -80,6 +83,7 @@ class Database(Generic[SessionT]):
         timeout: float | None = None,
         credentials: Credentials | None = None,
         pooler: str | None = None,
+        outcome_table: str | None = None,
         isolation_level: str | None = None,
         session_class: type[SessionT] = Session,  # type: ignore[assignment]  # a TypeVar's default
         engine_options: Mapping[str, Any] | None = None,
@@ -95,6 +99,7 @@ class Database(Generic[SessionT]):
             timeout=timeout,
             credentials=credentials,
             pooler=pooler,
+            outcome_table=outcome_table,
             isolation_level=isolation_level,
             session_class=session_class,
             session_base=Session,
@@ -195,11 +200,11 @@ class Database(Generic[SessionT]):
         twice what it took, which doubles up to a second. A database that cannot be reached is
         waited for, ``pool_timeout`` seconds at most, and tried every quarter of a second. So *fn*
         must do nothing outside of its session that may not be done twice: that is for
-        ``after_commit()``, whose hooks are dropped with a failed attempt. A COMMIT whose answer
-        was lost is looked up on PostgreSQL (``pg_xact_status()``): done, or run again. For that
-        each writing unit takes a transaction id at its BEGIN, for no round trip more (psycopg2:
-        one before COMMIT; each new connection: one): for what only reads, write
-        ``with_session(read_only=True)``.
+        ``after_commit()``, whose hooks are dropped with a failed attempt. A COMMIT whose answer was lost is looked up on
+        PostgreSQL (``pg_xact_status()``), elsewhere by the ``outcome_table``: done, or run
+        again. For that each writing unit takes a transaction id at its BEGIN on PostgreSQL, for
+        no round trip more (psycopg2: one before COMMIT; each new connection: one); for what
+        only reads, write ``with_session(read_only=True)``.
         Not run again: what has committed once, what got a mapped object or an iterator as
         an argument, and what fails with CommitUnknown or with another database's error.
 
@@ -324,23 +329,30 @@ class Database(Generic[SessionT]):
         source = self._source
         call = fn, args, kwargs
         trying = source.attempts(call, attempts, timeout)
-        while True:
-            unit = Unit(
-                self,
-                read_only=read_only,
-                isolation_level=isolation_level,
-                independent=independent,
-                opened_at=place_of(fn),
-                attempts=trying,
-            )
-            try:
-                with unit as session:
-                    result = finished(fn(session, *args, **kwargs), fn, "a Database is synchronous")
-            except Exception as error:
-                if trying.pause is None:
-                    raise
-                pause = source.again(trying, call, error)
-            else:
-                trying.succeeded()
-                return result  # type: ignore[no-any-return]  # it is what fn returned
-            sleep(pause)
+        try:
+            while True:
+                unit = Unit(
+                    self,
+                    read_only=read_only,
+                    isolation_level=isolation_level,
+                    independent=independent,
+                    opened_at=place_of(fn),
+                    attempts=trying,
+                )
+                try:
+                    with unit as session:
+                        result = fn(session, *args, **kwargs)
+                        result = finished(result, fn, "a Database is synchronous")
+                except Exception as error:
+                    if trying.pause is None:
+                        raise
+                    pause = source.again(trying, call, error)
+                else:
+                    trying.succeeded()
+                    return result  # type: ignore[no-any-return]  # it is what fn returned
+                sleep(pause)
+        except BaseException:
+            # Of an attempt after which none began: the pause was cancelled, or no slot came free.
+            if (undone := trying.give_up()) is not None:
+                undone()
+            raise

@@ -6,6 +6,7 @@ deadlock (1213) rolls back the whole transaction, while most errors undo their
 statement only (https://dev.mysql.com/doc/refman/8.4/en/innodb-error-handling.html).
 """
 
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -24,6 +25,8 @@ LOST = "sessionscope.lost"
 
 # The key in a connection's info of what failed in its transaction.
 SUSPECT = "sessionscope.suspect"
+# And of whether MySQL had a transaction open before its latest statement.
+WAS_OPEN = "sessionscope.was_open"
 # The SQLSTATE of every statement that PostgreSQL is sent after one has failed.
 IN_FAILED_TRANSACTION = "25P02"
 
@@ -38,6 +41,14 @@ _ROLL_BACK = {1213, 1206, 1614}
 _MAY_ROLL_BACK = {1205, 1020}
 # These commit before they begin, even if they fail then: the transaction is not lost.
 _COMMIT_FIRST = {"ALTER", "CREATE", "DROP", "GRANT", "LOCK", "RENAME", "REVOKE", "TRUNCATE"}
+# The same, and what else ends a transaction, after comments; what is temporary does not
+# (https://dev.mysql.com/doc/refman/8.4/en/implicit-commit.html).
+_COMMITS = re.compile(
+    r"(?:\s|/\*.*?\*/|(?:--|#)[^\n]*\n)*"
+    r"(?:ALTER|ANALYZE|BEGIN|CHECK|COMMIT|CREATE(?!\s+TEMPORARY)|DROP(?!\s+TEMPORARY)|FLUSH|GRANT|"
+    r"LOCK|OPTIMIZE|RENAME|REPAIR|REVOKE|START|TRUNCATE)\b",
+    re.IGNORECASE | re.DOTALL,
+)
 
 
 def is_never_doomed(proxied: PoolProxiedConnection) -> bool:
@@ -68,6 +79,16 @@ def _mysql_has_lost(context: ExceptionContext, proxied: PoolProxiedConnection) -
     # The status is that before the last SELECT: what a first SELECT FOR UPDATE locked is not in it.
     was_open = before & SERVER_STATUS_IN_TRANS or code in _ROLL_BACK | _MAY_ROLL_BACK
     return bool(was_open and not after & SERVER_STATUS_IN_TRANS)
+
+
+def commits_by_itself(statement: str, proxied: PoolProxiedConnection) -> bool:
+    """Return whether MySQL commits at *statement*, or has done so at the one before.
+
+    Of a procedure that commits only the server's status tells, once it has returned.
+    """
+    is_open = (_mysql_status(proxied) or 0) & SERVER_STATUS_IN_TRANS
+    was_open, proxied.info[WAS_OPEN] = proxied.info.get(WAS_OPEN), is_open
+    return bool(was_open and not is_open) or _COMMITS.match(statement) is not None
 
 
 def _mysql_status(proxied: PoolProxiedConnection) -> int | None:

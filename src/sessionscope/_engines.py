@@ -11,13 +11,16 @@ from typing import Any
 from sqlalchemy import Engine, pool
 from sqlalchemy import exc as sa_exc
 from sqlalchemy.engine.interfaces import Dialect
+from sqlalchemy.pool import PoolProxiedConnection
 
 from sessionscope import _sqlite
 from sessionscope._async_backends import AsyncBackends
 from sessionscope._backends import Backends, limit_connecting
+from sessionscope._commit import note_commits
 from sessionscope._credentials import ask_for_credentials
 from sessionscope._identity import let_ride
 from sessionscope._liveness import keep_alive
+from sessionscope._marker import sweep_markers
 from sessionscope._mysql import limit_statements
 from sessionscope._options import Options, missing_driver
 from sessionscope._pool import (
@@ -71,12 +74,15 @@ class Engines:
                 keep_alive(engine)
                 limit_connecting(engine)
                 let_ride(engine)
+                note_commits(engine)
                 limit_statements(engine)
             if options.credentials is not None:
                 ask_for_credentials(engine, options.credentials)
             assert isinstance(engine.pool, (SharedQueuePool, CountedNullPool))
             engine.pool.share(self.backends)
         make_read_only(self.read, by_session=options.pooler is None)
+        if options.quoted_outcome_table is not None:
+            sweep_markers(self.write, options.quoted_outcome_table)
         _all.add(self)
 
     def leave_to_parent(self) -> None:
@@ -144,6 +150,12 @@ class Engines:
             for engine, own_pool, own_dialect in kept:
                 engine.pool, engine.dialect = own_pool, own_dialect
             self._views = views
+
+    def renew(self, proxied: PoolProxiedConnection) -> None:
+        """Replace, at their next checkout, all connections as old as *proxied*, or older."""
+        for engine in (self.write, self.read, *self._reserved):
+            # What SQLAlchemy does after a lost connection, for more than its own pool.
+            engine.pool._invalidate(proxied, _checkin=False)  # pyright: ignore[reportPrivateUsage]
 
     @property
     def idle(self) -> int:

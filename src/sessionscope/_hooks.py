@@ -99,9 +99,13 @@ def mark_committed(session: Session) -> None:
         hooks.mark(session)
 
 
-def drop(session: Session) -> None:
-    """Forget what waits for the outcome of a unit of work that is to run again."""
-    session.info.pop(_HOOKS, None)
+def take(session: Session) -> Callable[[], object] | None:
+    """Take what is due from a unit of work that is to run again; return what runs it after all."""
+    hooks: _Hooks | None = session.info.pop(_HOOKS, None)
+    if hooks is None:
+        return None
+    hooks.settle_rest()
+    return hooks.run
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.pool import PoolProxiedConnection
@@ -47,10 +47,11 @@ _TELL_ID = f"DO $$BEGIN RAISE INFO '{_SAYS_ID}%', pg_current_xact_id(); END$$"
 _OUTCOME = """\
 SELECT CASE
     WHEN server = '{server}' THEN pg_xact_status('{xid}'::xid8)
-    WHEN split_part(server, ' ', 1) <> split_part('{server}', ' ', 1) THEN 'unknown'
+    WHEN split_part(server, ' ', 1) <> split_part('{server}', ' ', 1) THEN 'unknowable'
     WHEN '{xid}'::xid8 >= pg_snapshot_xmax(pg_current_snapshot()) THEN 'aborted'
-    WHEN pg_xact_status('{xid}'::xid8) IN ('aborted', 'in progress') THEN 'aborted'
-    ELSE 'unknown' END
+    WHEN pg_xact_status('{xid}'::xid8) IN ('aborted', 'in progress')
+    THEN pg_xact_status('{xid}'::xid8)
+    ELSE 'unknowable' END
 FROM ({which_server}) AS here(server) WHERE server IS NOT NULL"""
 # Its session may still be there, waiting for a client that is gone. One that waits for a standby
 # has committed here, and its end would have it called done before the standby has it.
@@ -59,10 +60,14 @@ _END_BACKEND = (
     "AND backend_xid = '{}'::xid8::xid AND wait_event IS DISTINCT FROM 'SyncRep'"
 )
 # A commit of its own, which waits for the same standbys as the one before it, where there are any.
-WAIT_FOR_STANDBYS = (
+_WAIT_FOR_STANDBYS = (
     "SELECT pg_logical_emit_message(true, 'sessionscope', '') "
     "WHERE current_setting('synchronous_standby_names') <> ''"
 )
+
+
+# What became of a transaction; the last one: nobody is left who could say.
+Verdict = Literal["committed", "aborted", "unknowable"]
 
 
 @dataclass(slots=True)
@@ -74,14 +79,25 @@ class Identity:
     xid: int | None = None
 
     @property
-    def ask_outcome(self) -> str:
-        """The query for what became of it: its status, "unknown", or no row from a standby."""
-        return _OUTCOME.format(server=self.server, xid=self.xid, which_server=_WHICH_SERVER)
+    def is_known(self) -> bool:
+        """Whether the server has given it an id, which it does to what writes."""
+        return self.xid is not None
 
-    @property
-    def end_backend(self) -> str:
-        """The query that ends its session, if that is still at this transaction."""
-        return _END_BACKEND.format(self.backend, self.xid)
+    def find_out(self, connection: Connection, *, end: bool) -> Verdict | None:
+        """Return what its server says of it; ``None``: nothing yet. *end* its session, if need be.
+
+        The answer of another server or timeline, or of one that has crashed since, counts for
+        little: there, the same id may be another transaction's. What standbys have to confirm has
+        committed once they have.
+        """
+        query = _OUTCOME.format(server=self.server, xid=self.xid, which_server=_WHICH_SERVER)
+        status = connection.exec_driver_sql(query).scalar()  # none from a standby
+        if status == "in progress" and end:
+            connection.exec_driver_sql(_END_BACKEND.format(self.backend, self.xid))
+        elif status == "committed":
+            connection.exec_driver_sql(_WAIT_FOR_STANDBYS)
+            connection.commit()
+        return status if status in ("committed", "aborted", "unknowable") else None
 
 
 # Sends BEGIN for a unit and a limit in milliseconds, or has the driver send that with its own.

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -47,6 +48,9 @@ _ASYNC_DRIVERS = {
 
 # What Database takes by name, so that it is never given twice.
 _OWN_ENGINE_OPTIONS = ("pool_size", "max_overflow", "pool_timeout", "isolation_level")
+# What opens a connection in the place of the dialect.
+_CREATORS = ("creator", "async_creator")
+_TABLE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)?", re.ASCII)
 _OWN_SESSION_OPTIONS = {
     "bind": "the Database binds its sessions itself",
     "class_": "write Database(..., session_class=...)",
@@ -66,6 +70,7 @@ class Options:
     timeout: float | None
     credentials: Credentials | None = field(repr=False)
     pooler: str | None
+    outcome_table: str | None
     isolation_level: str | None
     session_class: type[Any]
     session_base: type[Any]
@@ -81,11 +86,8 @@ class Options:
             _check_number("max_waiting", self.max_waiting, at_least=0)
         check_timeout(self.timeout)
         self._check_pooler()
-        if self.credentials is not None and not callable(self.credentials):
-            raise ConfigurationError(
-                "credentials must be a function that returns a password, or a user and a password: "
-                "a password that never changes belongs into the URL"
-            )
+        self._check_outcome_table()
+        self._check_credentials()
         session_class, base = cast(object, self.session_class), self.session_base
         if not (isinstance(session_class, type) and issubclass(session_class, base)):
             raise ConfigurationError(
@@ -125,6 +127,39 @@ class Options:
                 f"{self.url.get_backend_name()}: leave it out"
             )
 
+    def _check_outcome_table(self) -> None:
+        if self.outcome_table is None:
+            return
+        if self.url.get_backend_name() not in ("mysql", "mariadb"):
+            raise ConfigurationError(
+                f"outcome_table={self.outcome_table!r} is for MySQL and MariaDB, and this database "
+                f"is {self.url.get_backend_name()}: leave it out"
+            )
+        if not _TABLE.fullmatch(self.outcome_table):
+            raise ConfigurationError(
+                f"outcome_table={self.outcome_table!r} is not a table's name: write "
+                "'sessionscope_outcome', or 'schema.sessionscope_outcome'"
+            )
+
+    def _check_credentials(self) -> None:
+        if self.credentials is None:
+            return
+        if not callable(self.credentials):
+            raise ConfigurationError(
+                "credentials must be a function that returns a password, or a user and a password: "
+                "a password that never changes belongs into the URL"
+            )
+        if self.is_sqlite:
+            raise ConfigurationError(
+                "credentials are for servers, and SQLite knows no users: leave them out"
+            )
+        for name in _CREATORS:
+            if name in self.engine_options:
+                raise ConfigurationError(
+                    f"engine_options has {name!r}, which logs in by itself, so that credentials "
+                    "would never be asked for: call them there, or leave it out"
+                )
+
     @property
     def safe_url(self) -> str:
         """The URL without its secrets, for messages."""
@@ -133,6 +168,12 @@ class Options:
             for key, value in self.url.query.items()
         }
         return self.url.set(query=query).render_as_string(hide_password=True)
+
+    @property
+    def quoted_outcome_table(self) -> str | None:
+        """The table for outcomes as MySQL wants to read it."""
+        table = self.outcome_table
+        return None if table is None else ".".join(f"`{part}`" for part in table.split("."))
 
     @cached_property
     def is_sqlite(self) -> bool:

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from time import monotonic
+from typing import Protocol
 
-from sqlalchemy import Engine
+from sqlalchemy import Connection, Engine
 from sqlalchemy import exc as sa_exc
 
 from sessionscope._deadline import Deadline
-from sessionscope._identity import WAIT_FOR_STANDBYS, Identity
+from sessionscope._identity import Verdict
 from sessionscope._timer import limited
 from sessionscope.exc import CommitUnknown, DeadlineExceeded
 
@@ -18,32 +19,37 @@ _PAUSE = 0.02
 _LET_IT_END = 0.2
 
 
-def has_committed(
-    identity: Identity, engine: Engine, sleep: Callable[[float], None], seconds: float | None
-) -> bool | None:
-    """Return whether a transaction of PostgreSQL has committed; ``None``: it cannot be known.
+class _Known(Protocol):
+    """What a transaction is known by: its id, or the row that it has left."""
 
-    Asks over a connection of *engine*, at most *seconds* long. The answer counts only if it
-    comes from the same server and timeline: after a failover to another one, or a crash, the same
-    id may be another transaction's. What standbys have to confirm has committed once they have.
+    @property
+    def is_known(self) -> bool: ...
+
+    def find_out(self, connection: Connection, *, end: bool) -> Verdict | None: ...
+
+
+def has_committed(
+    identity: _Known, engine: Engine, sleep: Callable[[float], None], seconds: float | None
+) -> bool | None:
+    """Return whether a transaction has committed; ``None``: it cannot be known.
+
+    Asks over a connection of *engine*, at most *seconds* long.
     """
-    if identity.xid is None:
+    if not identity.is_known:
         return None
     began = monotonic()
     until = began + (_PATIENCE if seconds is None else min(seconds, _PATIENCE))
     while (left := until - monotonic()) > 0:
         deadline = Deadline(left, None)
-        status = _ask(identity, engine, deadline, end=monotonic() - began > _LET_IT_END)
-        if status == "unknown":
-            return None
-        if status in ("committed", "aborted"):
-            return status == "committed"
+        verdict = _ask(identity, engine, deadline, end=monotonic() - began > _LET_IT_END)
+        if verdict is not None:
+            return None if verdict == "unknowable" else verdict == "committed"
         sleep(_PAUSE)
     return None
 
 
-def _ask(identity: Identity, engine: Engine, deadline: Deadline, *, end: bool) -> str | None:
-    """Return the transaction's status; nothing while no one answers."""
+def _ask(identity: _Known, engine: Engine, deadline: Deadline, *, end: bool) -> Verdict | None:
+    """Return what has become of the transaction; ``None`` while no one can say."""
     try:
         with (
             limited(deadline, is_async=engine.dialect.is_async) as timer,
@@ -51,15 +57,9 @@ def _ask(identity: Identity, engine: Engine, deadline: Deadline, *, end: bool) -
         ):
             timer.use(connection)
             try:
-                status: str | None = connection.exec_driver_sql(identity.ask_outcome).scalar()
-                if status == "in progress" and end:
-                    connection.exec_driver_sql(identity.end_backend)
-                elif status == "committed":
-                    connection.exec_driver_sql(WAIT_FOR_STANDBYS)
-                    connection.commit()
-                    if timer.cut:  # a wait that is cancelled ends as if they had answered
-                        return None
-                return status
+                verdict = identity.find_out(connection, end=end)
+                # A wait for standbys that is cancelled ends as if they had answered.
+                return None if timer.cut else verdict
             finally:
                 if timer.cut:  # a cancellation that is late would hit its next user
                     connection.invalidate()

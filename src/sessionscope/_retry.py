@@ -99,11 +99,13 @@ class Attempts:
         self.limit = limit
         self.deadline = deadline
         self.pause: float | None = None  # before the next attempt, once there is to be one
+        self.undone: Callable[[], object] | None = None  # runs the last attempt's hooks, if need be
         self._call = call
         self._database = database
         self._patience = patience
         self._budget = budget
         self._failures = 0
+        self._is_over = False
         self._unreachable_since: float | None = None
         self._began = self._attempt_began = monotonic()
 
@@ -123,12 +125,18 @@ class Attempts:
         self._attempt_began = monotonic() + pause
         return pause
 
+    def give_up(self) -> Callable[[], object] | None:
+        """Allow no attempt any more; return what runs the hooks of one that was not the last."""
+        self._is_over = True
+        undone, self.undone = self.undone, None
+        return undone
+
     def succeeded(self) -> None:
         """Count the call as a success."""
         self._budget.deposit()
 
     def _pause_after(self, error: BaseException) -> float | None:
-        if self.limit == 1 or not is_transient(error, self._database):
+        if self._is_over or self.limit == 1 or not is_transient(error, self._database):
             return None
         if not self._has_another(error):
             return None

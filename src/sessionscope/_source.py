@@ -50,7 +50,7 @@ class Source(Generic[SessionT]):
         self._reserve = Gate(1, options.pool_timeout, options.max_waiting)
         self.engines = Engines(options, create, self._demand)
         for engine in {id(e.dialect): e for e in (self.engines.read, self.engines.write)}.values():
-            verify_commits(engine, name)
+            verify_commits(engine, name, self.engines.renew, options.quoted_outcome_table)
         self._two_phase = options.session_options.get("twophase", False)
         self.make_sessionmakers()
 

@@ -434,7 +434,7 @@ class Unit(Generic[SessionT]):
         has_committed = self._committed or self._scope.has_committed
         if attempts is None or failure is None or has_committed or not attempts.judge(failure):
             return _hooks.run_due(self._plain)
-        _hooks.drop(self._plain)
+        attempts.undone = _hooks.take(self._plain)
         return False
 
     def _give_back(self) -> bool:
@@ -529,6 +529,8 @@ class Unit(Generic[SessionT]):
         except BaseException:
             self._give_back()
             raise
+        if self._attempts is not None:
+            self._attempts.undone = None  # of an attempt that failed: this one has its own
         if self._source.telling.observers:
             self._tell_begun(self._admitted_at - started)
 
