@@ -19,7 +19,7 @@ from benchmarks._aimed import AIMS, aim_at_commit, make_commit_slow
 from benchmarks._cancelled import WAYS, hold_all
 from benchmarks._fuzz import UNITS, cut_everywhere
 from benchmarks.cancellation import LOOPS, POOL, keep_bound, run_on, with_driver
-from sessionscope import AsyncDatabase, Database, _async_unit, after_commit
+from sessionscope import AsyncDatabase, Database, _async_unit, _loops, after_commit
 from sessionscope.exc import CommitUnknown
 from sessionscope.testing import PostgresServer
 from tests.async_drivers import (
@@ -175,11 +175,11 @@ async def test_a_cancellation_that_came_during_commit_is_delivered_to_a_slow_hoo
 
 def cancel_while_committing(monkeypatch: pytest.MonkeyPatch, *, at_its_end: bool) -> None:
     """Cancel the first task that commits, when COMMIT is under way or just confirmed."""
-    start = _async_unit.start
+    start = _loops.start
     cancelled: list[object] = []
 
-    def start_and_cancel(work: Any) -> "asyncio.Task[Any]":
-        user, committing = asyncio.current_task(), start(work)
+    def start_and_cancel(work: Any, alive: Any) -> "asyncio.Task[Any]":
+        user, committing = asyncio.current_task(), start(work, alive)
         assert user is not None
         if cancelled:
             return committing
@@ -199,10 +199,10 @@ async def test_a_commit_that_was_cut_off_by_the_end_of_the_loop_is_unknown(
     async_database: AsyncDatabase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """asyncio.run() cancels all tasks at its end, ours as well."""
-    start = _async_unit.start
+    start = _loops.start
 
-    def start_and_cancel(work: Any) -> "asyncio.Task[Any]":
-        committing = start(work)
+    def start_and_cancel(work: Any, alive: Any) -> "asyncio.Task[Any]":
+        committing = start(work, alive)
         asyncio.get_running_loop().call_soon(committing.cancel)
         return committing
 

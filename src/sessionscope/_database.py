@@ -200,11 +200,11 @@ class Database(Generic[SessionT]):
         twice what it took, which doubles up to a second. A database that cannot be reached is
         waited for, ``pool_timeout`` seconds at most, and tried every quarter of a second. So *fn*
         must do nothing outside of its session that may not be done twice: that is for
-        ``after_commit()``, whose hooks are dropped with a failed attempt. A COMMIT whose answer was lost is looked up on
-        PostgreSQL (``pg_xact_status()``), elsewhere by the ``outcome_table``: done, or run
-        again. For that each writing unit takes a transaction id at its BEGIN on PostgreSQL, for
-        no round trip more (psycopg2: one before COMMIT; each new connection: one); for what
-        only reads, write ``with_session(read_only=True)``.
+        ``after_commit()``, whose hooks are dropped with a failed attempt. A COMMIT whose answer
+        was lost is looked up on PostgreSQL (``pg_xact_status()``), elsewhere by the
+        ``outcome_table``: done, or run again. For that each writing unit takes a transaction id
+        at its BEGIN on PostgreSQL, for no round trip more (psycopg2: one before COMMIT; each new
+        connection: one); for what only reads, write ``with_session(read_only=True)``.
         Not run again: what has committed once, what got a mapped object or an iterator as
         an argument, and what fails with CommitUnknown or with another database's error.
 
