@@ -69,7 +69,7 @@ def _add_doctor(parser: argparse.ArgumentParser) -> None:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    return int(import_module("sessionscope.doctor._command").doctor(arguments))
+    return int(import_module("sessionscope.doctor").doctor(arguments))
 
 
 def _at_least_one(told: str) -> int:
