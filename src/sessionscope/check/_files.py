@@ -59,7 +59,8 @@ def discover(
             path = shown + local
             if not any(matches(path, pattern) for pattern in patterns):
                 target = os.path.realpath(full) if is_link else real + full[start:]
-                found.setdefault(target, SourceFile(path, local, full))
+                if target not in found or not is_link:  # the file itself rather than a link
+                    found[target] = SourceFile(path, local, full)
     return sorted(found.values())
 
 

@@ -50,7 +50,7 @@ import ast
 from collections.abc import Iterator
 
 from sessionscope.check._entries import is_called_by_others
-from sessionscope.check._facts import Scope
+from sessionscope.check._facts import CallFact, Scope
 from sessionscope.check._finding import Finding, Rule
 from sessionscope.check._model import Because, Model, is_migration
 from sessionscope.check._ownership import on_connection
@@ -78,8 +78,32 @@ def _made(model: Model, scope: Scope) -> ast.Call | None:
                 for b in call.block.chain()
             )
             if not guarded and call.role not in {"return", "yield", "element"}:
-                return call.node
+                return None if _given_away(scope, call) else call.node
     return None
+
+
+def _given_away(scope: Scope, call: CallFact) -> bool:
+    """``return session, True`` provides it, too."""
+    targets = call.owner.targets if isinstance(call.owner, ast.Assign) else []
+    names = {target.id for target in targets if isinstance(target, ast.Name)}
+    return any(
+        isinstance(element, ast.Name) and element.id in names
+        for outcome in scope.returns
+        if isinstance(outcome.value, ast.Tuple)
+        for element in outcome.value.elts
+    )
+
+
+def _may_receive(scope: Scope) -> bool:
+    """A parameter like ``session: Session | None``: it opens one where it received none."""
+    return any(
+        binding.kind == "parameter"
+        and binding.annotation is not None
+        and "Session" in (text := ast.unparse(binding.annotation))
+        and ("None" in text or "Optional" in text)
+        for bindings in scope.bindings.values()
+        for binding in bindings
+    )
 
 
 def _finding(model: Model, scope: Scope, node: ast.Call) -> Finding:
@@ -98,7 +122,7 @@ def _finding(model: Model, scope: Scope, node: ast.Call) -> Finding:
 
 
 def _may_open(model: Model, scope: Scope) -> bool:
-    if model.in_context(scope) or model.runs_once(scope):
+    if model.in_context(scope) or model.runs_once(scope) or _may_receive(scope):
         return True
     made = model.infer.result(scope)
     inner = made.inner if made is not None and made.kind in {"generator", "manager"} else made

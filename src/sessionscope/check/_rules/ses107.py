@@ -101,13 +101,16 @@ def _released_early(scope: Scope, path: str, use: Use) -> bool:
     bindings = scope.bindings.get(path, [])
     if function is None or use.role != "method" or use.block.kind != "body" or not bindings:
         return False
-    if any(position(other.node) > position(use.node) for other in scope.uses[path]):
-        return False
-    rest = [node for node in function.body if position(node) > position(use.node)]
-    return any(
-        isinstance(inner, ast.Await | ast.With | ast.AsyncWith | ast.For | ast.Try)
-        for node in rest
+    slow = [
+        position(inner)
+        for node in function.body
+        if position(node) > position(use.node)
         for inner in ast.walk(node)
+        if isinstance(inner, ast.Await | ast.With | ast.AsyncWith | ast.For | ast.Try)
+    ]
+    # What comes after the slow work may well take a connection again.
+    return bool(slow) and not any(
+        position(use.node) < position(other.node) < min(slow) for other in scope.uses[path]
     )
 
 
