@@ -209,7 +209,7 @@ def test_a_client_of_a_standby_writes_once_that_is_promoted(pair: Pair) -> None:
 
 
 def backend(session: Session) -> int:
-    return session.scalars(text("SELECT pg_backend_pid()")).one()
+    return int(session.scalars(text("SELECT pg_backend_pid()")).one())
 
 
 def by_an_option(session: Session) -> None:

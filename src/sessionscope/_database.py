@@ -349,7 +349,7 @@ class Database(Generic[SessionT]):
                     pause = source.again(trying, call, error)
                 else:
                     trying.succeeded()
-                    return result  # type: ignore[no-any-return]  # it is what fn returned
+                    return result
                 sleep(pause)
         except BaseException:
             # Of an attempt after which none began: the pause was cancelled, or no slot came free.
