@@ -1,6 +1,7 @@
 """Figures with their targets, tables, and how both are printed."""
 
 import json
+import math
 import os
 import platform
 import re
@@ -116,6 +117,8 @@ class Report:
 
 def number(value: float) -> str:
     """Write *value* with as many digits as are worth reading."""
+    if math.isinf(value):
+        return "never"
     if value == int(value) or abs(value) >= 100:
         return f"{value:.0f}"
     return f"{value:.2f}" if abs(value) < 10 else f"{value:.1f}"

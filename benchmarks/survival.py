@@ -41,7 +41,7 @@ def run(*, url: str | None, short: bool) -> Report:
     with PostgresServer() as server:
         report.figures.extend(_killed(server, seconds=3.0 if short else 15.0))
         report.figures.extend(_restarted(server, seconds=4.0 if short else 8.0))
-        report.figures.extend(_ambiguous(server, 10 if short else 200))
+        report.figures.extend(_ambiguous(server, 10 if short else 1000))
     with PostgresServer() as server:
         report.figures.extend(_silent(server))
         report.figures.extend(_forked(server))

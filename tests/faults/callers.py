@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
@@ -65,7 +65,7 @@ class _Async:
 
         return self.wait_for(block())
 
-    def wait_for(self, work: Any) -> Any:
+    def wait_for(self, work: Coroutine[Any, Any, R]) -> R:
         return asyncio.run_coroutine_threadsafe(work, self.loop).result(_PATIENCE)
 
 

@@ -273,13 +273,13 @@ def _truth(told: Told, judgement: Judgement, all_clients: list[Clients]) -> Iter
 
 
 def _recovery(strikes: list[Strike], calm: float, all_clients: list[Clients]) -> Iterator[Figure]:
-    """How long after each fault's end the slowest of the kinds of clients has recovered."""
+    """How long after a fault all kinds of clients had a success, and were as fast as before it."""
     first, full = defaultdict[str, list[float]](list), defaultdict[str, list[float]](list)
+    together = sorted(chain.from_iterable(clients.successes for clients in all_clients))
     successes = [sorted(clients.successes) for clients in all_clients]
     for strike in strikes:
-        seen = [_recovered(strike, calm * _SETTLED, one) for one in successes]
-        first[strike.fault].append(max(one for one, _ in seen) * 1e3)
-        full[strike.fault].append(max(other for _, other in seen) * 1e3)
+        first[strike.fault].append(max(_first_success(strike, one) for one in successes) * 1e3)
+        full[strike.fault].append(_full_throughput(strike, calm * _SETTLED, together) * 1e3)
     for what, found, bound in (
         ("first success", first, FIRST_SUCCESS),
         ("full throughput", full, FULL_THROUGHPUT),
@@ -292,17 +292,24 @@ def _recovery(strikes: list[Strike], calm: float, all_clients: list[Clients]) ->
             )  # fmt: skip
 
 
-def _recovered(strike: Strike, calm: float, successes: list[float]) -> tuple[float, float]:
-    """Return the seconds until the first success, and until as many succeed as before."""
-    after = successes[bisect_left(successes, strike.ended) :]
+def _first_success(strike: Strike, successes: list[float]) -> float:
+    """Return the seconds from the fault's end to the next success."""
+    index = bisect_left(successes, strike.ended)
+    return successes[index] - strike.ended if index < len(successes) else float("inf")
+
+
+def _full_throughput(strike: Strike, calm: float, successes: list[float]) -> float:
+    """Return the seconds from the fault's end until as many succeed as before it.
+
+    A kind of client that stands still is a third of them.
+    """
     before = _count(successes, strike.began - calm, strike.began) / calm
     wanted = _FULL * before * _WINDOW
-    first = after[0] - strike.ended if after else float("inf")
-    # Each window that begins with a success, and the one that begins with the end.
+    after = successes[bisect_left(successes, strike.ended) :]
     for start in chain([strike.ended], after):
         if _count(successes, start, start + _WINDOW) >= wanted:
-            return first, start - strike.ended
-    return first, float("inf")
+            return start - strike.ended
+    return float("inf")
 
 
 def _count(times: list[float], start: float, end: float) -> int:
