@@ -63,7 +63,7 @@ def test_each_test_of_an_asynchronous_case_has_its_rows_to_itself(async_url: str
             async def read() -> list[str]:
                 return await async_drivers.names(database)
 
-            assert await asyncio.gather(read(), read()) == [["pear"], ["pear"]]
+            assert list(await asyncio.gather(read(), read())) == [["pear"], ["pear"]]
 
         test_one = check
         test_two = check

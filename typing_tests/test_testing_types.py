@@ -95,7 +95,7 @@ def of_fastapi() -> None:
         assert_type(session, Session)
         return 1
 
-    assert read
+    assert [read]
 
 
 def of_starlette() -> None:

@@ -437,8 +437,8 @@ _LOST = (
     "without a sandbox (fixture postgres_url)"
 )
 _FORKED = (
-    "This process was forked from one with a sandbox, which is one connection of that process. "
-    "Test what several processes do on a database without a sandbox (fixture postgres_url)"
+    "This process was forked from one with a sandbox, which is one connection of that one. Test "
+    "what several processes do on a database without a sandbox (fixture postgres_url)"
 )
 
 
