@@ -8,6 +8,7 @@ from itertools import count
 
 from sqlalchemy import URL, select
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
 
 from benchmarks._entries import Entry, Number, Told
 from sessionscope import AsyncDatabase
@@ -37,7 +38,7 @@ async def _incremented(url: URL) -> tuple[int, int, int]:
 
         done = await asyncio.gather(*(work() for _ in range(_TASKS)), return_exceptions=True)
         errors = sum(isinstance(each, BaseException) for each in done)
-        value = await database.run(lambda session: session.get_one(Number, 1).value)
+        value = await database.run(_value)
         return value, errors, database.stats().retried
 
 
@@ -79,6 +80,10 @@ async def _duration(work: Callable[[], Awaitable[object]]) -> float:
     began = asyncio.get_running_loop().time()
     await work()
     return asyncio.get_running_loop().time() - began
+
+
+def _value(session: Session) -> int:
+    return session.get_one(Number, 1).value
 
 
 async def _append(session: AsyncSession, name: str) -> None:

@@ -97,7 +97,7 @@ def ask(server: PostgresServer, query: str, database: str = "postgres") -> Any:
     """The first value that a server answers with, if any."""
     conninfo = server.url(database).replace("+psycopg", "")
     with psycopg.connect(conninfo, autocommit=True) as connection:
-        cursor = connection.execute(query)
+        cursor = connection.execute(query.encode())
         row = cursor.fetchone() if cursor.description else None
         return row[0] if row else None
 

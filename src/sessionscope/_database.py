@@ -196,7 +196,7 @@ class Database(Generic[SessionT]):
 
         A unit that the database has rolled back for the sake of others (SQLSTATE 40001, 40P01;
         MySQL 1213, 1205, 1020; SQLITE_BUSY), or whose connection was lost before COMMIT, runs
-        again with a fresh session: up to 15 times, after a random pause of at most
+        again with a fresh session: up to 30 times, after a random pause of at most
         twice what it took, which doubles up to a second. A database that cannot be reached is
         waited for, ``pool_timeout`` seconds at most, and tried every quarter of a second. So *fn*
         must do nothing outside of its session that may not be done twice: that is for
