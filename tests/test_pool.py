@@ -378,3 +378,24 @@ def test_a_connection_that_comes_back_with_a_transaction_is_replaced(database: D
 def test_a_two_phase_sessionmaker_reads_as_well(postgres_url: str) -> None:
     with Database(postgres_url, session_options={"twophase": True}) as database:
         database.ping()
+
+
+@pytest.mark.parametrize("driver", ["psycopg", "psycopg2"])
+@pytest.mark.parametrize(("given", "expected"), [("", [5, None]), ("?connect_timeout=3", [3, 3])])
+def test_a_deadline_limits_connecting(
+    postgres_url: str, driver: str, given: str, expected: list[int | None]
+) -> None:
+    """The driver gives up soon after it; without one, it is as the user has said."""
+    seen: list[int | None] = []
+
+    def connecting(dialect: object, record: object, args: object, kwargs: dict[str, Any]) -> None:
+        seconds = kwargs.get("connect_timeout")
+        seen.append(None if seconds is None else int(seconds))
+
+    with Database(f"{postgres_url.replace('+psycopg', f'+{driver}')}{given}") as database:
+        event.listen(database.engine, "do_connect", connecting)
+        for timeout in (5, None):
+            with database.begin(timeout=timeout) as session:
+                session.execute(text("SELECT 1"))
+            database.dispose()
+    assert seen == expected
