@@ -16,7 +16,7 @@ lint_extras := $(test_extras)
 bench_extras := $(test_extras)
 bench-fastapi-sqla_extras := $(demo_extras)
 
-.PHONY: help demo test test-all fuzz jobs lint bench scorecard requirements clean
+.PHONY: help demo test test-all fuzz jobs faults-state-machine faults-calls faults-sqlalchemy lint bench scorecard requirements clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -39,6 +39,18 @@ fuzz: .venv/test/ready ## feed the checker 10,000 programs
 jobs: .venv/test/ready ## run 2,000 Celery tasks on Redis and RabbitMQ, and kill workers
 	@CI=true JOBS_TASKS=2000 $(test_python) -m pytest --timeout=0 -o faulthandler_timeout=0 -s \
 		tests/jobs/test_celery.py -k killed
+
+faults-state-machine: .venv/test/ready ## take 100,000 steps at random beside a dict and a plain session
+	@CI=true STATE_MACHINE_STEPS=100000 $(test_python) -m pytest --timeout=0 -o faulthandler_timeout=0 -s \
+		tests/faults/test_state_machine.py
+
+faults-calls: .venv/test/ready ## let the driver fail at every call, and at every pair of calls
+	@CI=true CALLS_FAULTS=2 $(test_python) -m pytest --timeout=0 -o faulthandler_timeout=0 -s \
+		tests/faults/test_every_call.py
+
+faults-sqlalchemy: .venv/test/ready ## run SQLAlchemy's own tests with our sessions, on six drivers
+	@CI=true SQLALCHEMY_SUITE=all $(test_python) -m pytest --timeout=0 -o faulthandler_timeout=0 -s \
+		tests/faults/test_sqlalchemy_suite.py
 
 lint: .venv/lint/ready ## check style, format and types
 	@$(lint_python) -m ruff check .
