@@ -196,7 +196,8 @@ class AioConnection(aiosqlite.Connection):
         return Result(self.script.perform_async("cursor", self, self._cursor))
 
     async def _cursor(self) -> "AioCursor":
-        return AioCursor(self, await self._execute(self._conn.cursor))
+        cursor = await self._execute(self._conn.cursor)  # type: ignore[no-untyped-call]  # aiosqlite's
+        return AioCursor(self, cursor)
 
     async def commit(self) -> None:
         await self.script.perform_async("commit", self, super().commit)
@@ -221,7 +222,7 @@ class AioConnection(aiosqlite.Connection):
             await super().rollback()
         if self.script.like_a_server:
             # SQLAlchemy's adapter takes a COMMIT on what aiosqlite has closed for done.
-            await self._execute(self._conn.close)
+            await self._execute(self._conn.close)  # type: ignore[no-untyped-call]  # aiosqlite's
         else:
             await super().close()
 

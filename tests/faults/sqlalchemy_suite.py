@@ -53,7 +53,7 @@ def pytest_configure() -> None:
     factory.class_ = Session  # in place of a class of its own, so that no session is left out
     _guards.guard(factory, _ignore, is_async=is_async)
     _make_units_of(Session, is_async=is_async)
-    DefaultDialect.engine_created = classmethod(_engine_created)  # type: ignore[method-assign]
+    DefaultDialect.engine_created = classmethod(_engine_created)  # type: ignore[method-assign, assignment]  # its hook
 
 
 def _make_units_of(session_class: type[Session], *, is_async: bool) -> None:

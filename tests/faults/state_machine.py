@@ -11,7 +11,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, ClassVar
 
-from greenlet import getcurrent, greenlet
+from greenlet import getcurrent, greenlet  # type: ignore[import-untyped]  # no stubs
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 from sqlalchemy import Engine, create_engine, delete, event, insert, select, text
