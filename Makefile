@@ -19,7 +19,7 @@ bench-fastapi-sqla_extras := $(demo_extras)
 # Each is a target of its own, faults-NAME.
 fault_suites := state-machine calls sqlalchemy server nemesis soak
 
-.PHONY: help demo test test-all fuzz jobs pooler init-test faults faults-server faults-nemesis faults-soak lint bench scorecard requirements clean
+.PHONY: help demo test test-all fuzz jobs pooler init-test faults faults-state-machine faults-calls faults-sqlalchemy faults-server faults-nemesis faults-soak lint bench scorecard requirements clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -64,6 +64,18 @@ faults-soak: .venv/test/ready ## let very many units leave nothing behind (SOAK_
 pooler: .venv/test/ready ## run 10,000 units of each driver through PgBouncer
 	@CI=true POOLER_UNITS=10000 $(test_python) -m pytest --timeout=0 -o faulthandler_timeout=0 \
 		tests/test_pgbouncer.py
+
+faults-state-machine: .venv/test/ready ## take 100,000 steps at random beside a dict and a plain session
+	@CI=true STATE_MACHINE_STEPS=100000 $(test_python) -m pytest --timeout=0 -o faulthandler_timeout=0 -s \
+		tests/faults/test_state_machine.py
+
+faults-calls: .venv/test/ready ## let the driver fail at every call, and at every pair of calls
+	@CI=true CALLS_FAULTS=2 $(test_python) -m pytest --timeout=0 -o faulthandler_timeout=0 -s \
+		tests/faults/test_every_call.py
+
+faults-sqlalchemy: .venv/test/ready ## run SQLAlchemy's own tests with our sessions, on six drivers
+	@CI=true SQLALCHEMY_SUITE=all $(test_python) -m pytest --timeout=0 -o faulthandler_timeout=0 -s \
+		tests/faults/test_sqlalchemy_suite.py
 
 lint: .venv/lint/ready ## check style, format and types
 	@$(lint_python) -m ruff check .

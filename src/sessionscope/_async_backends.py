@@ -99,7 +99,8 @@ class AsyncBackends(Backends):
     async def settle(self) -> None:
         """Wait until all connections that are being closed are gone."""
         loop = asyncio.get_running_loop()
-        if closing := [task for task in self._tasks if task.get_loop() is loop]:
+        # Again, because one that was still being opened is closed next.
+        while closing := [task for task in self._tasks if task.get_loop() is loop]:
             await asyncio.wait(closing)
 
     def _discard(

@@ -226,6 +226,8 @@ def _note_failure(context: ExceptionContext, database: str) -> BaseException | N
     if sqlstate_of(orig) == IN_FAILED_TRANSACTION and SUSPECT in info:
         return _doomed(info)
     was_commit = context.statement is None and info.pop(_COMMITTING, False)
+    if was_commit and scope is not None and scope.read_only:
+        was_commit = False  # of a unit that has written nothing, whose hooks wait for it
     if was_commit and context.is_disconnect and isinstance(orig, Exception):
         unknown = CommitUnknown(
             f"The connection to {database} was lost during COMMIT: the database may have "

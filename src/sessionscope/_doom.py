@@ -7,6 +7,7 @@ statement only (https://dev.mysql.com/doc/refman/8.4/en/innodb-error-handling.ht
 """
 
 import re
+import sqlite3
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -60,6 +61,8 @@ def has_lost_transaction(context: ExceptionContext) -> bool:
     """Return whether the error has ended the whole transaction, not its statement alone."""
     assert context.connection is not None
     proxied = context.connection.connection
+    if context.is_disconnect:  # which is said otherwise; a closed connection knows no state
+        return False
     if context.dialect.name == "sqlite":
         return doom_check("sqlite", context.dialect.driver)(proxied)
     return context.dialect.name in ("mysql", "mariadb") and _mysql_has_lost(context, proxied)
@@ -68,7 +71,7 @@ def has_lost_transaction(context: ExceptionContext) -> bool:
 def _mysql_has_lost(context: ExceptionContext, proxied: PoolProxiedConnection) -> bool:
     code = next(iter(context.original_exception.args), None)
     statement = context.statement
-    if statement is None or not isinstance(code, int) or context.is_disconnect:
+    if statement is None or not isinstance(code, int):
         return False
     if statement.lstrip().partition(" ")[0].upper() in _COMMIT_FIRST:
         return False
@@ -147,7 +150,12 @@ def _sqlite_is_doomed(proxied: PoolProxiedConnection) -> bool:
 
 def _aiosqlite_is_doomed(proxied: PoolProxiedConnection) -> bool:
     driver_connection: Any = proxied.driver_connection
-    return _sqlite.BEGAN in proxied.info and not driver_connection.in_transaction
+    if _sqlite.BEGAN not in proxied.info:
+        return False
+    try:
+        return not driver_connection.in_transaction
+    except ValueError as error:  # it is closed, and SQLAlchemy's adapter would not send COMMIT
+        raise sqlite3.ProgrammingError("Cannot operate on a closed database.") from error
 
 
 def doom_check(dialect_name: str, driver: str) -> IsDoomed:

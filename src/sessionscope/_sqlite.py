@@ -120,7 +120,12 @@ def _restore(dbapi_connection: Any, record: ConnectionPoolEntry) -> None:
     driver_connection = record.driver_connection
     if dbapi_connection is None or driver_connection is None:  # it was closed
         return
-    if driver_connection.in_transaction:
+    try:
+        in_transaction = driver_connection.in_transaction
+    except (sqlite3.ProgrammingError, ValueError):  # it was closed, and no one has noticed
+        record.invalidate()
+        return
+    if in_transaction:
         # After a COMMIT that failed SQLite keeps the transaction open.
         dbapi_connection.rollback()
     if _PATIENCE in info:
