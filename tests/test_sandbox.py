@@ -1,9 +1,12 @@
 """A sandbox: everything that a Database hands out is rolled back with the test."""
 
 import asyncio
+import gc
 import threading
 from collections.abc import Iterator
 from contextlib import nullcontext
+from time import monotonic
+from typing import Any
 
 import pytest
 from sqlalchemy import create_engine, func, insert, select, text
@@ -17,6 +20,7 @@ from sessionscope.exc import (
     NestedUnit,
     PoolBusy,
     ReadOnlyUnit,
+    SessionLeakWarning,
     TransactionDoomed,
 )
 from sessionscope.testing import SandboxError, sandbox
@@ -529,3 +533,19 @@ def test_a_thread_that_the_unit_awaits_is_part_of_it(boxed: Database) -> None:
     thread.start()
     thread.join()
     assert sorted(names(boxed)) == ["in the thread", "outside"]
+
+
+def test_a_session_that_is_collected_in_the_middle_of_a_turn_does_not_wait_for_itself(
+    sqlite: Database,
+) -> None:
+    with sandbox(sqlite), sqlite.begin() as session:
+        driver_connection: Any = session.connection().connection.driver_connection
+        driver_connection.create_function("collect", 0, lambda: gc.collect() and 0)
+        lost: Any = sqlite.sessionmaker()
+        lost.execute(select(1))
+        lost.itself = lost
+        del lost
+        started = monotonic()
+        with pytest.warns(SessionLeakWarning):
+            session.execute(text("SELECT collect()"))
+        assert monotonic() - started < 5

@@ -118,7 +118,11 @@ class Backends:
             except BaseException as error:
                 opening.set_exception(error)
 
-        threading.Thread(target=work, name="sessionscope-connect", daemon=True).start()
+        try:
+            threading.Thread(target=work, name="sessionscope-connect", daemon=True).start()
+        except RuntimeError:  # no thread is to be had
+            self.give_back()
+            raise
         done: Collection[object] = ()
         try:
             done, _ = wait([opening], deadline.remaining)
@@ -219,7 +223,8 @@ def keep_socket(driver_connection: Any) -> socket.socket | None:
     if number is None or number < 0:
         return None
     with suppress(OSError):
-        return socket.socket(fileno=os.dup(number))
+        # Not os.dup(): on Windows sockets are handles, which that does not know.
+        return socket.fromfd(number, -1, -1)
     return None
 
 

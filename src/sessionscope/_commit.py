@@ -7,6 +7,7 @@ that it has committed. An error alone proves nothing (a savepoint may have been 
 so the driver is asked (see _doom).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from sqlalchemy import Connection, Engine, event
@@ -22,7 +23,7 @@ from sessionscope._doom import (
     has_lost_transaction,
 )
 from sessionscope._guards import Scope
-from sessionscope._identity import ask_late
+from sessionscope._identity import IDENTITY, ask_late
 from sessionscope._places import describe
 from sessionscope._retry import code_of, mark, sqlstate_of
 from sessionscope._watch import UNIT
@@ -35,7 +36,7 @@ _COMMITTING = "sessionscope.committing"
 _READ_ONLY_TRANSACTION = "25006"
 _MYSQL_READ_ONLY = {1290, 1836}
 # What the next user of a connection must not find in its info.
-_OF_ONE_USER = (UNIT, SUSPECT, LOST, _COMMITTING)
+_OF_ONE_USER = (UNIT, SUSPECT, LOST, IDENTITY, _COMMITTING)
 
 # What failed earlier in the transaction: the statement and the error.
 _Suspect = tuple[str | None, BaseException]
@@ -59,16 +60,18 @@ def verify_commits(engine: Engine, database: str) -> None:
             # Raising alone would give the open transaction back to the pool.
             dialect.do_rollback(proxied)
             raise error
-        if scope is not None and scope.on_begin is not None:
-            _prepare(scope, proxied)
-        info[_COMMITTING] = True
-        # Not through the proxy, which looks its methods up the slow way.
-        send_commit(proxied.dbapi_connection)  # type: ignore[arg-type]  # it is connected
-        del info[_COMMITTING]
+        if scope is None or scope.on_begin is None:
+            send(proxied)
+        else:
+            _send_in_time(scope, proxied, send)
         if scope is not None:
             scope.has_committed = True
-            if scope.timer is not None:
-                scope.timer.confirm()
+
+    def send(proxied: PoolProxiedConnection) -> None:
+        proxied.info[_COMMITTING] = True
+        # Not through the proxy, which looks its methods up the slow way.
+        send_commit(proxied.dbapi_connection)  # type: ignore[arg-type]  # it is connected
+        del proxied.info[_COMMITTING]
 
     def do_begin(proxied: PoolProxiedConnection) -> None:
         send_begin(proxied)
@@ -103,7 +106,7 @@ def _listen(engine: Engine, database: str) -> None:
     def returned(dbapi_connection: object, record: ConnectionPoolEntry) -> None:
         info = record.info
         scope: Scope | None = info.get(UNIT)
-        if scope is not None and scope.timer is not None and scope.timer.release() and not kept:
+        if scope is not None and scope.timer is not None and scope.timer.release(info) and not kept:
             record.invalidate()  # a cancellation that is late would hit its next user
         for key in _OF_ONE_USER:
             if key in info:  # a third of the price of pop()
@@ -113,12 +116,26 @@ def _listen(engine: Engine, database: str) -> None:
     event.listen(engine, "checkin", returned)
 
 
-def _prepare(scope: Scope, proxied: PoolProxiedConnection) -> None:
-    """Prepare the COMMIT of a unit that has a deadline, or may run again."""
-    if scope.timer is not None:
-        scope.timer.start_commit()
-    if scope.identity is not None and scope.identity.xid is None:
-        ask_late(scope.identity, proxied)
+def _send_in_time(
+    scope: Scope, proxied: PoolProxiedConnection, send: Callable[[PoolProxiedConnection], None]
+) -> None:
+    """Send the COMMIT of a unit that has a deadline, or may run again."""
+    identity = scope.identity = proxied.info.get(IDENTITY)
+    if scope.is_split:  # what it did over another engine may be committed by now
+        scope.has_committed = True
+    if identity is not None and identity.xid is None:
+        ask_late(identity, proxied)
+    timer = scope.timer
+    if timer is None:
+        send(proxied)
+        return
+
+    def commit() -> None:
+        timer.start_commit()
+        send(proxied)
+        timer.confirm()
+
+    timer.call("commit", commit, (), {})
 
 
 def is_committing(connection: Connection) -> bool:

@@ -8,7 +8,7 @@ from sqlalchemy import exc as sa_exc
 
 from sessionscope._deadline import Deadline
 from sessionscope._identity import Identity
-from sessionscope._timer import limited
+from sessionscope._timer import Timer, limited
 from sessionscope.exc import DeadlineExceeded
 
 # Seconds for which the database is asked, and between two questions.
@@ -46,11 +46,9 @@ def _ask(
     identity: Identity, engine: Engine, deadline: Deadline, *, end: bool
 ) -> tuple[str | None, str | None]:
     """Return the transaction's status, and who says so; nothing while no one answers."""
-    try:
-        with (
-            limited(deadline, is_async=engine.dialect.is_async) as timer,
-            engine.connect() as connection,
-        ):
+
+    def ask(timer: Timer) -> tuple[str | None, str | None]:
+        with engine.connect() as connection:
             timer.use(connection)
             try:
                 row = connection.exec_driver_sql(identity.ask_outcome).first()
@@ -62,5 +60,8 @@ def _ask(
             finally:
                 if timer.cut:  # a cancellation that is late would hit its next user
                     connection.invalidate()
+
+    try:
+        return limited(deadline, ask, is_async=engine.dialect.is_async)
     except (sa_exc.DBAPIError, sa_exc.TimeoutError, DeadlineExceeded):
         return None, None

@@ -65,7 +65,9 @@ class StandIn:
         transaction, self._transaction = self._transaction, None
         if transaction is None:
             return
-        if transaction.autocommit and not transaction.read_only:
+        if self._stack.is_inside:
+            self._stack.abandon(transaction)  # by the garbage collector, in the middle of a turn
+        elif transaction.autocommit and not transaction.read_only:
             self._stack.commit(transaction)
         else:
             self._stack.rollback(transaction)

@@ -60,19 +60,33 @@ class Turns:
         self._lock = threading.Lock()
         self._line: list[_Waiter] = []
         self._is_taken = False
+        self._inside: set[int] = set()
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether this thread has the turn or waits for it.
+
+        The garbage collector may close another session right now, in the middle of that.
+        """
+        return threading.get_ident() in self._inside
 
     @contextmanager
     def turn(
         self, is_possible: Callable[[], bool], too_late: Callable[[], Exception]
     ) -> Generator[None]:
         """Wait until no one has the turn and *is_possible*, else raise what *too_late* returns."""
-        waiter = self._take_or_queue(is_possible)
-        if waiter is not None:
-            self._wait(waiter, too_late)
+        thread = threading.get_ident()
+        self._inside.add(thread)  # before anything is locked
         try:
-            yield
+            waiter = self._take_or_queue(is_possible)
+            if waiter is not None:
+                self._wait(waiter, too_late)
+            try:
+                yield
+            finally:
+                self._pass_on()
         finally:
-            self._pass_on()
+            self._inside.discard(thread)
 
     def _take_or_queue(self, is_possible: Callable[[], bool]) -> _Waiter | None:
         with self._lock:
