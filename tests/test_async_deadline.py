@@ -2,17 +2,22 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from time import monotonic
 
 import pytest
-from sqlalchemy import make_url, select, text
+from sqlalchemy import event, make_url, select, text
+from sqlalchemy import exc as sa_exc
+from sqlalchemy.util import await_only
 
 from sessionscope import AsyncDatabase
-from sessionscope.exc import CommitUnknown, DeadlineExceeded
+from sessionscope._timer import Timer
+from sessionscope._watch import UNIT
+from sessionscope.exc import CommitUnknown, DeadlineExceeded, SessionEnded
 from sessionscope.testing import Fault, FaultProxy
 from tests.async_drivers import create_tables, names, on_postgres, on_uvloop_too
 from tests.models import Item
-from tests.test_deadline import SLEEP
+from tests.test_deadline import OUTSIDE, SLEEP
 
 pytestmark = pytest.mark.anyio
 
@@ -126,3 +131,116 @@ async def test_a_lost_commit_is_resolved(
     assert proxy.hits == 1
     assert await names(database) == ["pear"]
     assert database.stats().retried == (fault == "cut before")
+
+
+@on_postgres
+@pytest.mark.parametrize("ending", ["rollback", "close"])
+@pytest.mark.parametrize("late", [False, True])
+async def test_a_silent_server_does_not_hold_who_gives_up(
+    behind: tuple[AsyncDatabase, FaultProxy], ending: str, late: bool
+) -> None:
+    """It is not waited for, and what may still be answered is not given back."""
+    database, proxy = behind
+    started = monotonic()
+    with suppress(DeadlineExceeded, SessionEnded):
+        async with database.begin(timeout=0.3) as session:
+            session.add(Item(name="pear"))
+            await session.flush()
+            proxy.go_silent()
+            if late:
+                await asyncio.sleep(0.4)
+            await getattr(session, ending)()
+            assert database.stats().idle == 0
+    assert monotonic() - started < 1.5
+    proxy.heal()
+    proxy.cut()
+    assert database.stats().in_use == 0
+    assert await names(database) == []
+
+
+@pytest.mark.parametrize("way", ["stream", "connection", "savepoint"])
+async def test_what_is_waited_for_outside_of_the_sessions_methods_ends_as_well(
+    async_database: AsyncDatabase, way: str
+) -> None:
+    sleep = OUTSIDE[async_database.engine.dialect.name]
+    started = monotonic()
+    with pytest.raises(DeadlineExceeded):
+        async with async_database.begin(timeout=0.5) as session:
+            if way == "stream":
+                rows = text(f"SELECT 1 UNION ALL {sleep}").execution_options(yield_per=1)
+                async for _ in await session.stream(rows):
+                    pass
+            elif way == "connection":
+                await (await session.connection()).execute(text(sleep))
+            else:
+                async with session.begin_nested():
+                    await (await session.connection()).execute(text(sleep))
+    assert monotonic() - started < 5
+    task = asyncio.current_task()
+    assert task is not None
+    assert task.cancelling() == 0
+
+
+@on_postgres
+async def test_a_smaller_limit_of_the_connections_own_stays(async_url: str) -> None:
+    setting = text("SELECT current_setting('statement_timeout')")
+    async with AsyncDatabase(async_url) as database:
+        async with database.engine.connect() as connection:
+            await connection.execute(text("SET statement_timeout = '2s'"))
+            await connection.commit()
+        for _ in range(2):
+            async with database.begin(timeout=30) as session:
+                assert await session.scalar(setting) == "2s"
+
+
+@on_postgres
+@pytest.mark.parametrize("comes", ["first", "last"])
+async def test_a_cancellation_in_the_moment_of_the_deadline_is_not_lost(
+    async_database: AsyncDatabase, comes: str
+) -> None:
+    """Somebody else's, in the same tick of the event loop."""
+    started: asyncio.Future[Timer] = asyncio.get_running_loop().create_future()
+
+    async def work() -> None:
+        async with async_database.begin(timeout=30) as session:
+            await session.execute(select(1))
+            started.set_result(session.info[UNIT].timer)
+            await session.execute(text("SELECT pg_sleep(30)"))
+
+    task = asyncio.ensure_future(work())
+    timer = await started
+    await asyncio.sleep(0.1)
+    ends = [task.cancel, timer.expire]
+    for end in ends if comes == "first" else reversed(ends):
+        end()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert task.cancelled()
+
+
+@on_postgres
+@pytest.mark.parametrize("swallow", ["swallows it", "makes another error of it"])
+async def test_the_deadlines_own_cancellation_is_taken_back(
+    async_database: AsyncDatabase, swallow: str
+) -> None:
+    """Also if a driver, or a listener, does not let it through."""
+    task = asyncio.current_task()
+    assert task is not None
+    with pytest.raises(DeadlineExceeded):
+        async with async_database.begin(timeout=0.3) as session:
+
+            @event.listens_for(session.sync_session, "before_flush")
+            def flushing(*_: object) -> None:
+                try:
+                    await_only(asyncio.sleep(30))
+                except asyncio.CancelledError:
+                    if swallow != "swallows it":
+                        raise sa_exc.OperationalError("", None, OSError("lost")) from None
+
+            await session.execute(select(1))
+            session.add(Item(name="pear"))
+            await session.flush()
+    assert task.cancelling() == 0
+    async with asyncio.timeout(0.1) as timeout:  # which counts on it
+        await asyncio.sleep(0)
+    assert not timeout.expired()

@@ -156,3 +156,39 @@ def test_without_run_a_lost_commit_is_unknown(
     proxy.aim(fault, b"COMMIT")
     with pytest.raises(CommitUnknown), behind.begin() as session:
         add(session, "pear")
+
+
+def test_a_savepoint_does_not_hide_the_transactions_name(
+    behind: Database, proxy: FaultProxy
+) -> None:
+    proxy.aim("cut after", b"COMMIT")
+
+    def work(session: Session) -> None:
+        with session.begin_nested():
+            add(session, "pear")
+
+    behind.run(work)
+    assert proxy.hits == 1
+    assert names(behind) == ["pear"]
+
+
+def test_each_engines_transaction_has_its_own_name(
+    psycopg: Database, behind: Database, proxy: FaultProxy
+) -> None:
+    """Of two, one that is lost says nothing of the other, and nothing is run twice."""
+    binds = {Item: psycopg.engine}
+    proxy.aim("cut before", b"COMMIT")
+    calls: list[int] = []
+
+    with Database(behind.engine.url, session_options={"binds": binds}) as database:
+
+        def work(session: Session) -> None:
+            calls.append(1)
+            add(session, f"pear {len(calls)}")
+            session.flush()
+            session.execute(text("SELECT 1"), bind_arguments={"bind": database.engine})
+
+        with pytest.raises(CommitUnknown):
+            database.run(work)
+    assert proxy.hits == 1
+    assert calls == [1]

@@ -14,6 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from sessionscope import AsyncDatabase, Database, after_commit, after_rollback
+from sessionscope._places import place_of
 from sessionscope._retry import Attempts, Budget, is_transient, mark
 from sessionscope.events import Event, UnitBegan, UnitRetried
 from sessionscope.exc import ConfigurationError, DatabaseUnavailable, PoolBusy, TransactionDoomed
@@ -526,3 +527,44 @@ def test_a_thousand_attempts_do_not_overflow_the_pause() -> None:
     assert attempts.judge(error)
     assert attempts.pause is not None
     assert attempts.pause <= 1
+
+
+def test_an_attempt_that_was_not_made_is_not_counted() -> None:
+    """The pause before it may be interrupted."""
+    budget = Budget()
+    attempts = Attempts((fail, (), {}), "x", limit=3, patience=1, budget=budget, deadline=None)
+    error = OperationalError("", None, psycopg_error("40001"))
+    mark(error, attempts._database)
+    attempts.start()
+    assert attempts.judge(error)
+    attempts.next()
+    assert budget.spent == 0
+    attempts.start()
+    assert budget.spent == 1
+
+
+def psycopg_error(sqlstate: str) -> BaseException:
+    error = RuntimeError()
+    error.sqlstate = sqlstate  # type: ignore[attr-defined]
+    return error
+
+
+class Work:
+    """What can be called, and is no function."""
+
+    def __call__(self, session: Session) -> None: ...
+
+
+@pytest.mark.parametrize(
+    "fn", [fail, partial(fail), partial(partial(fail)), Work(), Work().__call__]
+)
+def test_the_place_of_what_is_called_is_the_users(fn: Callable[..., Any]) -> None:
+    place = place_of(fn)
+    assert place is not None
+    assert place[0].co_filename == __file__
+
+
+def test_the_place_of_what_is_not_python_is_that_of_its_call() -> None:
+    place = place_of(len)
+    assert place is not None
+    assert place[0].co_name == "test_the_place_of_what_is_not_python_is_that_of_its_call"

@@ -764,3 +764,19 @@ def test_one_on_the_engine_of_another_is_refused(boxed: Database) -> None:
     with pytest.raises(ConfigurationError, match="in a sandbox already"):
         with sandbox(other, bind=boxed.engine):
             pass
+
+
+def test_a_session_that_is_collected_in_the_middle_of_a_turn_does_not_wait_for_itself(
+    sqlite: Database,
+) -> None:
+    with sandbox(sqlite), sqlite.begin() as session:
+        driver_connection: Any = session.connection().connection.driver_connection
+        driver_connection.create_function("collect", 0, lambda: gc.collect() and 0)
+        lost: Any = sqlite.sessionmaker()
+        lost.execute(select(1))
+        lost.itself = lost
+        del lost
+        started = monotonic()
+        with pytest.warns(SessionLeakWarning):
+            session.execute(text("SELECT collect()"))
+        assert monotonic() - started < 5

@@ -125,7 +125,13 @@ class Backends:
 
         # In this context, where the deadline is known: limit_connecting().
         run = copy_context().run
-        threading.Thread(target=run, args=(work,), name="sessionscope-connect", daemon=True).start()
+        try:
+            threading.Thread(
+                target=run, args=(work,), name="sessionscope-connect", daemon=True
+            ).start()
+        except RuntimeError:  # no thread is to be had
+            self.give_back()
+            raise
         done: Collection[object] = ()
         try:
             done, _ = wait([opening], deadline.remaining)
@@ -249,7 +255,8 @@ def keep_socket(driver_connection: Any) -> socket.socket | None:
     if number is None or number < 0:
         return None
     with suppress(OSError):
-        return socket.socket(fileno=os.dup(number))
+        # Not os.dup(): on Windows sockets are handles, which that does not know.
+        return socket.fromfd(number, -1, -1)
     return None
 
 

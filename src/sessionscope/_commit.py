@@ -27,8 +27,8 @@ from sessionscope._doom import (
     has_lost_transaction,
 )
 from sessionscope._guards import Scope
-from sessionscope._identity import ask_late
-from sessionscope._marker import leave_marker
+from sessionscope._identity import IDENTITY, Identity, ask_late
+from sessionscope._marker import Marker, leave_marker
 from sessionscope._places import describe
 from sessionscope._retry import mark, sqlstate_of
 from sessionscope._watch import UNIT
@@ -38,7 +38,7 @@ _COMMITTING = "sessionscope.committing"
 # Of the error of a server that refuses to write, which may be the wrong one.
 _REFUSED = "sessionscope.refused"
 # What the next user of a connection must not find in its info.
-_OF_ONE_USER = (UNIT, SUSPECT, LOST, WAS_OPEN, _COMMITTING, _REFUSED)
+_OF_ONE_USER = (UNIT, SUSPECT, LOST, WAS_OPEN, IDENTITY, _COMMITTING, _REFUSED)
 
 # What failed earlier in the transaction: the statement and the error.
 _Suspect = tuple[str | None, BaseException]
@@ -72,16 +72,18 @@ def verify_commits(
             # Raising alone would give the open transaction back to the pool.
             dialect.do_rollback(proxied)
             raise error
-        if scope is not None and scope.on_begin is not None:
-            _prepare(scope, proxied, outcome_table)
-        info[_COMMITTING] = True
-        # Not through the proxy, which looks its methods up the slow way.
-        send_commit(proxied.dbapi_connection)  # type: ignore[arg-type]  # it is connected
-        del info[_COMMITTING]
+        if scope is None or scope.on_begin is None:
+            send(proxied)
+        else:
+            _send_in_time(scope, proxied, outcome_table, send)
         if scope is not None:
             scope.has_committed = True
-            if scope.timer is not None:
-                scope.timer.confirm()
+
+    def send(proxied: PoolProxiedConnection) -> None:
+        proxied.info[_COMMITTING] = True
+        # Not through the proxy, which looks its methods up the slow way.
+        send_commit(proxied.dbapi_connection)  # type: ignore[arg-type]  # it is connected
+        del proxied.info[_COMMITTING]
 
     def do_begin(proxied: PoolProxiedConnection) -> None:
         send_begin(proxied)
@@ -126,7 +128,7 @@ def _listen(engine: Engine, database: str) -> None:
     def returned(dbapi_connection: object, record: ConnectionPoolEntry) -> None:
         info = record.info
         scope: Scope | None = info.get(UNIT)
-        if scope is not None and scope.timer is not None and scope.timer.release() and not kept:
+        if scope is not None and scope.timer is not None and scope.timer.release(info) and not kept:
             record.invalidate()  # a cancellation that is late would hit its next user
         for key in _OF_ONE_USER:
             if key in info:  # a third of the price of pop()
@@ -136,14 +138,41 @@ def _listen(engine: Engine, database: str) -> None:
     event.listen(engine, "checkin", returned)
 
 
-def _prepare(scope: Scope, proxied: PoolProxiedConnection, outcome_table: str | None) -> None:
-    """Prepare the COMMIT of a unit that has a deadline, or may run again."""
-    if scope.identity is not None and scope.identity.xid is None:
-        ask_late(scope.identity, proxied)
+def _send_in_time(
+    scope: Scope,
+    proxied: PoolProxiedConnection,
+    outcome_table: str | None,
+    send: Callable[[PoolProxiedConnection], None],
+) -> None:
+    """Send the COMMIT of a unit that has a deadline, or may run again."""
+    timer = scope.timer
+    if scope.is_split:  # what it did over another engine may be committed by now
+        scope.has_committed = True
+
+    def commit() -> None:
+        scope.identity = _identify(scope, proxied, outcome_table)
+        if timer is not None:  # from here on the deadline waits for the outcome
+            timer.start_commit()
+        send(proxied)
+        if timer is not None:
+            timer.confirm()
+
+    if timer is None:
+        commit()
+    else:
+        timer.call("commit", commit, (), {})
+
+
+def _identify(
+    scope: Scope, proxied: PoolProxiedConnection, outcome_table: str | None
+) -> Identity | Marker | None:
+    """Return what the outcome of a transaction that is about to commit can be asked by."""
+    identity: Identity | None = proxied.info.get(IDENTITY)
+    if identity is not None and identity.xid is None:
+        ask_late(identity, proxied)
     if outcome_table is not None and scope.may_run_again and not scope.read_only:
-        scope.identity = leave_marker(proxied, outcome_table)
-    if scope.timer is not None:  # last: from here on the deadline waits for the outcome
-        scope.timer.start_commit()
+        return leave_marker(proxied, outcome_table)
+    return identity
 
 
 def _info(proxied: PoolProxiedConnection) -> dict[Any, Any]:

@@ -170,10 +170,15 @@ class Database(Generic[SessionT]):
         a real transaction. *timeout* is how many seconds the unit may take, queue, connecting and
         commit included. A statement that is running then is cancelled, COMMIT is not
         sent any more; one that was sent and is not answered by then is CommitUnknown.
-        PostgreSQL (psycopg, asyncpg) is told the limit of each statement together with
-        BEGIN. An *independent* unit may be opened inside of another one and
-        commits on its own, over the one connection that is in reserve for such units;
-        SQLite has none, so there it needs a read-only unit around it. Raises
+        This covers the session's methods, ``session.connection()``, rows that are fetched one
+        by one, and cursors of ``session.connection().connection``; not COPY, and not what is
+        done with its ``driver_connection``. Python code is not interrupted. PostgreSQL
+        (psycopg, asyncpg) is told the limit of each statement together with BEGIN, MariaDB
+        and, for SELECT, MySQL with the statement; smaller limits of their own stay. For that
+        asyncpg and MySQL are asked once per connection (a round trip). An *independent* unit
+        may be opened inside of another one and commits on its own, over the one connection
+        that is in reserve for such units; SQLite has none, so there it needs a read-only unit
+        around it. Raises
         ConfigurationError at once; PoolBusy and NestedUnit
         when the block begins; DatabaseUnavailable at the first statement; DeadlineExceeded
         wherever it waits; and at the end

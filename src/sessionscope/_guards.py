@@ -30,6 +30,7 @@ class Scope:
         "identity",
         "independent",
         "is_async",
+        "is_split",
         "left",
         "may_run_again",
         "on_begin",
@@ -70,7 +71,8 @@ class Scope:
         self.forked = False  # it belongs to the process that this one was forked from
         self.has_committed = False  # something of it is there to stay
         self.may_run_again = False
-        self.identity: Any = None  # what its transaction is called by the server, if that is known
+        self.is_split = False  # its transactions are those of several engines
+        self.identity: Any = None  # what the server calls the transaction that is committed last
         self.timer: Any = None  # of its deadline
         self.why: SessionScopeError | None = None  # who was cut off is told this
         self.on_begin: Callable[[Scope, Connection], None] | None = None
@@ -166,6 +168,8 @@ def guard(factory: sessionmaker[Any], on_leak: OnLeak, *, is_async: bool) -> typ
     def begun(session: Session, transaction: SessionTransaction, connection: Connection) -> None:
         scope: Scope | None = session.info.get(UNIT)
         if scope is not None:
+            if scope.connection is not None:
+                _note_engines(scope, connection)
             scope.connection = connection
             connection.info[UNIT] = scope
             if scope.on_begin is not None:
@@ -178,6 +182,12 @@ def guard(factory: sessionmaker[Any], on_leak: OnLeak, *, is_async: bool) -> typ
     event.listen(factory, "after_begin", begun)
     event.listen(factory, "before_flush", _refuse_flush)
     return _watch.note_opening(factory)
+
+
+def _note_engines(scope: Scope, connection: Connection) -> None:
+    assert scope.connection is not None
+    if scope.connection.engine.pool is not connection.engine.pool:  # "binds" leads to several
+        scope.is_split = True
 
 
 def _refuse_after_end(session: Session, transaction: SessionTransaction) -> None:

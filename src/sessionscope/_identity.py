@@ -6,10 +6,12 @@ limit of time for each of its statements. PostgreSQL answers a lost COMMIT with
 fetched with COMMIT is lost with it, so it is asked for at the beginning.
 """
 
+import re
 import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from math import inf
 from typing import Any, Literal
 
 from sqlalchemy import Connection, Engine, event
@@ -21,8 +23,13 @@ from sessionscope._guards import Scope
 # Of libpq: the command has returned rows; the connection is idle, or in a failed transaction.
 _PGRES_TUPLES_OK, _PQTRANS_IDLE, _PQTRANS_INERROR = 2, 0, 3
 
-# Key in a connection's info of the server that it leads to.
+# Keys in a connection's info: the Identity of its transaction, the server that it leads to, and
+# the limit in milliseconds that it has by itself: its role's, its database's, or its options'.
+IDENTITY = "sessionscope.identity"
 _SERVER = "sessionscope.server"
+_OWN = "sessionscope.statement_timeout"
+# In milliseconds, as which PostgreSQL takes a number without a unit.
+_UNITS = {"": 1, "ms": 1, "s": 1_000, "min": 60_000, "h": 3_600_000, "d": 86_400_000}
 _SAYS_ID = "sessionscope transaction "
 
 # An id means something on its server and timeline only: after a failover another
@@ -38,6 +45,9 @@ _WHICH_SERVER = (
     "|| ' ' || extract(epoch FROM pg_stat_get_bgwriter_stat_reset_time()) END "
     "FROM pg_control_system()"
 )
+_LIMIT = "SET LOCAL statement_timeout = {}"
+# Not a SELECT, after which no SET TRANSACTION is allowed any more.
+_OWN_LIMIT = "SHOW statement_timeout"
 _ID = "SELECT pg_current_xact_id()"
 _ID_SO_FAR = "SELECT pg_current_xact_id_if_assigned()"
 # asyncpg drops the rows of a simple query, and hands on what the server reports.
@@ -107,9 +117,9 @@ _Begin = Callable[[Scope, PoolProxiedConnection, int | None], None]
 def begin(scope: Scope, connection: Connection) -> None:
     """Begin the transaction of a unit that has a deadline, or may run again.
 
-    Where nothing can be sent with BEGIN, or that fails, the driver begins as ever.
+    Where nothing can be sent with BEGIN, or that fails, the driver begins as ever. For a
+    savepoint, whose transaction has begun, nothing is sent.
     """
-    scope.identity = None  # that of an earlier transaction of the unit
     timer = scope.timer
     if timer is not None:
         timer.use(connection)
@@ -130,14 +140,23 @@ def _with_libpq(scope: Scope, proxied: PoolProxiedConnection, limit: int | None)
     if driver.autocommit or _status(libpq) != _PQTRANS_IDLE:
         return
     send = _send_async if scope.is_async else _send
-    identity = scope.identity = _identity(
+    info = proxied.info
+    identity = info[IDENTITY] = _identity(
         scope, proxied, libpq.backend_pid, lambda: _value(send(driver, _WHICH_SERVER))
     )
-    command = "; ".join([_begin_like(driver), *_settings(limit), *([_ID] if identity else ())])
-    result = send(driver, command)
+    commands = [_begin_like(driver), *([_ID] if identity else ())]
+    if limit is not None:
+        limit = int(min(limit, info.get(_OWN, limit)))
+        commands[1:1] = _OWN_LIMIT, _LIMIT.format(limit)
+    results = send(driver, "; ".join(commands))
     if _status(libpq) == _PQTRANS_INERROR:
         send(driver, "ROLLBACK")
-    elif identity is not None and (xid := _value(result)):
+        return
+    if limit is not None and len(results) == len(commands):
+        own = info[_OWN] = _milliseconds(_value(results[1:2]) or "")
+        if own < limit:  # this connection was not asked before, or it was changed
+            send(driver, _LIMIT.format(int(own)))
+    if identity is not None and (xid := _value(results)):
         identity.xid = int(xid)
 
 
@@ -153,22 +172,22 @@ def _with_psycopg2(scope: Scope, proxied: PoolProxiedConnection, limit: int | No
         with suppress(Exception):
             driver.autocommit = True
             try:
-                return _fetch(driver, _WHICH_SERVER)
+                return _fetch_value(driver, _WHICH_SERVER)
             finally:
                 driver.autocommit = False
         return None
 
-    scope.identity = _identity(scope, proxied, driver.info.backend_pid, ask)
+    proxied.info[IDENTITY] = _identity(scope, proxied, driver.info.backend_pid, ask)
 
 
 def ask_late(identity: Identity, proxied: PoolProxiedConnection) -> None:
     """Ask for the id of a transaction that is about to commit, if it has one (a round trip)."""
     if hasattr(proxied.driver_connection, "set_session"):  # psycopg2's
-        xid = _fetch(proxied.driver_connection, _ID_SO_FAR)
+        xid = _fetch_value(proxied.driver_connection, _ID_SO_FAR)
         identity.xid = int(xid) if xid else None
 
 
-def _fetch(driver: Any, query: str) -> str | None:
+def _fetch_value(driver: Any, query: str) -> str | None:
     with driver.cursor() as cursor:
         cursor.execute(query)
         row = cursor.fetchone()
@@ -187,8 +206,10 @@ def _identity(
     return Identity(info[_SERVER], backend) if info[_SERVER] else None
 
 
-def _settings(limit: int | None) -> list[str]:
-    return [f"SET LOCAL statement_timeout = {limit}"] if limit is not None else []
+def _milliseconds(setting: str) -> float:
+    """Return what a setting like ``5s`` is; one that is off, or not known, is without end."""
+    match = re.fullmatch(r"(\d+)([a-z]*)", setting)
+    return int(match[1]) * _UNITS.get(match[2], 0) or inf if match else inf
 
 
 def _status(libpq: Any) -> int:
@@ -207,27 +228,33 @@ def _begin_like(driver: Any) -> str:
     return " ".join(parts)
 
 
-def _send(driver: Any, command: str) -> Any:
-    """Return the result of *command*; where the connection is lost, the next statement says so."""
+def _send(driver: Any, command: str) -> list[Any]:
+    """Return the results of *command*; where the connection is lost, the next statement says so."""
     with suppress(sys.modules["psycopg"].Error):
         # psycopg's own execute() would send a BEGIN of its own before this one.
-        return driver.pgconn.exec_(command.encode())
-    return None
+        driver.pgconn.send_query(command.encode())
+        results: list[Any] = driver.wait(_results(driver))
+        return results
+    return []
 
 
-def _send_async(driver: Any, command: str) -> Any:
+def _send_async(driver: Any, command: str) -> list[Any]:
     with suppress(sys.modules["psycopg"].Error):
         driver.pgconn.send_query(command.encode())
-        generators = sys.modules["psycopg.generators"]
-        return await_only(driver.wait(generators.execute(driver.pgconn)))[-1]
-    return None
+        results: list[Any] = await_only(driver.wait(_results(driver)))
+        return results
+    return []
 
 
-def _value(result: Any) -> str | None:
-    """Return the first value of a result that has one."""
-    if result is None or result.status != _PGRES_TUPLES_OK or not result.ntuples:
+def _results(driver: Any) -> Any:
+    return sys.modules["psycopg.generators"].execute(driver.pgconn)
+
+
+def _value(results: list[Any]) -> str | None:
+    """Return the first value of the last result, if that has one."""
+    if not results or results[-1].status != _PGRES_TUPLES_OK or not results[-1].ntuples:
         return None
-    value: bytes | None = result.get_value(0, 0)
+    value: bytes | None = results[-1].get_value(0, 0)
     return None if value is None else value.decode()
 
 
@@ -235,17 +262,24 @@ def _with_asyncpg(scope: Scope, proxied: PoolProxiedConnection, limit: int | Non
     driver: Any = proxied.driver_connection
     if not hasattr(driver, "riders") or driver.is_in_transaction():
         return
-    identity = scope.identity = _identity(
-        scope, proxied, driver.get_server_pid(), lambda: await_only(_fetch_server(driver))
+    info = proxied.info
+    identity = info[IDENTITY] = _identity(
+        scope, proxied, driver.get_server_pid(), lambda: await_only(_fetch(driver, _WHICH_SERVER))
     )
-    driver.riders = "; ".join([*_settings(limit), *([_TELL_ID] if identity else ())])
+    riders = [_TELL_ID] if identity else []
+    if limit is not None:
+        if _OWN not in info:  # asyncpg drops what would come with BEGIN
+            info[_OWN] = _milliseconds(await_only(_fetch(driver, _OWN_LIMIT)) or "")
+        riders.insert(0, _LIMIT.format(int(min(limit, info[_OWN]))))
+    driver.riders = "; ".join(riders)
+    driver.identity = identity
     driver.scope = scope
 
 
-async def _fetch_server(driver: Any) -> str | None:
+async def _fetch(driver: Any, query: str) -> str | None:
     with suppress(Exception):  # what only speaks PostgreSQL's protocol has no such functions
-        server: str | None = await driver.fetchval(_WHICH_SERVER)
-        return server
+        value: str | None = await driver.fetchval(query)
+        return value
     return None
 
 
@@ -277,8 +311,7 @@ def _with_riders(connection_class: type[Any]) -> type[Any]:
             scope, self.scope = self.scope, None
             if scope is not None and not scope.ended and query.startswith("BEGIN"):
                 query = f"{query} {self.riders}"
-                if scope.identity is not None:
-                    self.identity = scope.identity
+                if self.identity is not None:
                     self.add_log_listener(_hear)
             status: str = await parent.execute(self, query, *args, timeout=timeout)
             return status

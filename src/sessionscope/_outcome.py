@@ -9,7 +9,7 @@ from sqlalchemy import exc as sa_exc
 
 from sessionscope._deadline import Deadline
 from sessionscope._identity import Verdict
-from sessionscope._timer import limited
+from sessionscope._timer import Timer, limited
 from sessionscope.exc import CommitUnknown, DeadlineExceeded
 
 # Seconds for which the database is asked, and between two questions.
@@ -50,11 +50,9 @@ def has_committed(
 
 def _ask(identity: _Known, engine: Engine, deadline: Deadline, *, end: bool) -> Verdict | None:
     """Return what has become of the transaction; ``None`` while no one can say."""
-    try:
-        with (
-            limited(deadline, is_async=engine.dialect.is_async) as timer,
-            engine.connect() as connection,
-        ):
+
+    def ask(timer: Timer) -> Verdict | None:
+        with engine.connect() as connection:
             timer.use(connection)
             try:
                 verdict = identity.find_out(connection, end=end)
@@ -63,5 +61,8 @@ def _ask(identity: _Known, engine: Engine, deadline: Deadline, *, end: bool) -> 
             finally:
                 if timer.cut:  # a cancellation that is late would hit its next user
                     connection.invalidate()
+
+    try:
+        return limited(deadline, ask, is_async=engine.dialect.is_async)
     except (sa_exc.DBAPIError, sa_exc.TimeoutError, DeadlineExceeded, CommitUnknown):
         return None

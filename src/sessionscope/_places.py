@@ -3,6 +3,7 @@
 import asyncio
 import sys
 from collections.abc import Callable
+from functools import partial
 from types import CodeType, FrameType
 from typing import Any
 
@@ -28,9 +29,13 @@ def describe(place: Place | None) -> str:
 
 
 def place_of(fn: Callable[..., Any]) -> Place | None:
-    """Return where *fn* is defined."""
-    code = getattr(fn, "__code__", None)
-    return (code, code.co_firstlineno) if code is not None else None
+    """Return where *fn* is defined, or what it calls; of what is not Python, who calls it."""
+    while isinstance(fn, partial):
+        fn = fn.func
+    code: CodeType | None = getattr(fn, "__code__", None)
+    if code is None:  # an object that can be called
+        code = getattr(getattr(type(fn), "__call__", None), "__code__", None)  # noqa: B004  # it is
+    return (code, code.co_firstlineno) if code is not None else here()
 
 
 def begin(*, is_async: bool) -> str:

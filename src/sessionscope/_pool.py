@@ -12,6 +12,7 @@ from sqlalchemy import pool
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.pool.base import _ConnectionRecord  # pyright: ignore[reportPrivateUsage]  # its own
+from sqlalchemy.util.concurrency import in_greenlet
 from sqlalchemy.util.queue import Empty, Full, QueueCommon
 
 from sessionscope._backends import Backends
@@ -245,6 +246,8 @@ class MemoryPool(_CountedPool, pool.StaticPool):
         super().dispose()
         kept, self._kept = self._kept, None
         if kept is not None:
+            if self._dialect.is_async and in_greenlet():  # to be closed, it must be at rest
+                interrupt(self, self._dialect.get_driver_connection(kept))
             self._close_connection(kept)
 
     def recreate(self) -> "MemoryPool":

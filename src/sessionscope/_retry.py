@@ -61,7 +61,7 @@ class Budget:
     """
 
     def __init__(self) -> None:
-        self.spent = 0
+        self.spent = 0  # on attempts that were made
         self._left = _RESERVE
 
     def deposit(self) -> None:
@@ -75,7 +75,6 @@ class Budget:
             if self._left <= 0:
                 return False
             self._left -= 1
-        self.spent += 1
         return True
 
 
@@ -117,6 +116,11 @@ class Attempts:
             seconds = monotonic() - self._began
             _add_note(error, f"This was attempt {self.number}, after {seconds:.2f} s")
         return self.pause is not None
+
+    def start(self) -> None:
+        """Count an attempt that has begun."""
+        if self.number > 1:
+            self._budget.spent += 1
 
     def next(self) -> float:
         """Count the next attempt; return the seconds to wait before it."""

@@ -123,7 +123,7 @@ class Source(Generic[SessionT]):
 
     def resolve(self, unknown: CommitUnknown, scope: Scope) -> BaseException | None:
         """Return what the lost COMMIT of a unit was: its failure, or ``None`` if it happened."""
-        if scope.identity is None:
+        if scope.identity is None or scope.is_split:  # of the other engine nothing is known
             return unknown
         seconds = None if scope.timer is None else scope.timer.deadline.remaining
         engine = self.engines.read

@@ -8,7 +8,10 @@ its middle, where SQLite can only refuse (https://sqlite.org/lang_transaction.ht
 """
 
 import sqlite3
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
+from math import ceil
 from typing import Any
 
 from sqlalchemy import Connection, Engine, event
@@ -20,9 +23,14 @@ from sessionscope._options import Options
 # Keys in a connection's info: how its next transaction begins, if not as usual.
 _BEGIN = "sessionscope.begin"
 _QUERY_ONLY = "sessionscope.query_only"
+# How many milliseconds it waits for locks by itself, and as it is set now.
 _PATIENCE = "sessionscope.patience"
+_WAITS = "sessionscope.waits"
 # And whether a transaction that we began should be open.
 BEGAN = "sessionscope.began"
+
+# Milliseconds by which a lock may be waited for too long, so that not each statement sets it.
+_SLACK = 20
 
 
 def connect_args(options: Options) -> dict[str, Any]:
@@ -38,6 +46,7 @@ def connect_args(options: Options) -> dict[str, Any]:
 def prepare_file(engine: Engine, *, writes: bool) -> None:
     """Set up an engine on a database file."""
     _prepare(engine, begin="BEGIN IMMEDIATE" if writes else None, wal=writes)
+    _limit_statements(engine)
 
 
 def prepare_memory(engine: Engine) -> None:
@@ -79,7 +88,9 @@ def _prepare(engine: Engine, *, begin: str | None, wal: bool) -> None:
             return
         dbapi_connection: Any = proxied.dbapi_connection
         if (deadline := current.get()) is not None:
-            info[_PATIENCE] = _wait_for_writers(dbapi_connection, deadline.for_server)
+            cursor = dbapi_connection.cursor()
+            _wait_at_most(info, cursor, deadline.for_server)
+            cursor.close()
         dbapi_connection.execute(statement)
         info[BEGAN] = True
         if _QUERY_ONLY in info:
@@ -98,17 +109,32 @@ def _use_wal(dbapi_connection: Any) -> None:
         dbapi_connection.execute("PRAGMA journal_mode = WAL")
 
 
-def _wait_for_writers(dbapi_connection: Any, seconds: float) -> int:
-    """Wait at most so many *seconds*; return how many milliseconds it was so far.
+def _limit_statements(engine: Engine) -> None:
+    """Let no statement wait for another process's lock longer than its unit has time.
 
-    While it waits for another process, SQLite does not see that it is interrupted.
+    While it waits, SQLite does not see that it is interrupted.
     """
-    cursor = dbapi_connection.cursor()
-    cursor.execute("PRAGMA busy_timeout")
-    (milliseconds,) = cursor.fetchone()
-    cursor.execute(f"PRAGMA busy_timeout = {min(milliseconds, int(seconds * 1000))}")
-    cursor.close()
-    return int(milliseconds)
+    dialect = engine.dialect
+    for name in ("do_execute", "do_executemany", "do_execute_no_params"):
+        setattr(dialect, name, partial(_execute, getattr(dialect, name)))  # as a subclass would
+
+
+def _execute(execute: Callable[..., None], cursor: Any, statement: str, *rest: Any) -> None:
+    deadline, context = current.get(), rest[-1]
+    if deadline is not None and context is not None:
+        _wait_at_most(context.root_connection.connection.info, cursor, deadline.for_server)
+    execute(cursor, statement, *rest)
+
+
+def _wait_at_most(info: dict[Any, Any], cursor: Any, seconds: float) -> None:
+    wanted = ceil(seconds * 1000)
+    if _WAITS not in info:
+        cursor.execute("PRAGMA busy_timeout")
+        info[_WAITS] = info[_PATIENCE] = cursor.fetchone()[0]
+    if info[_WAITS] - wanted > _SLACK:
+        cursor.execute(f"PRAGMA busy_timeout = {wanted}")
+        cursor.fetchone()
+        info[_WAITS] = wanted
 
 
 def _restore(dbapi_connection: Any, record: ConnectionPoolEntry) -> None:
@@ -129,6 +155,7 @@ def _restore(dbapi_connection: Any, record: ConnectionPoolEntry) -> None:
         # After a COMMIT that failed SQLite keeps the transaction open.
         dbapi_connection.rollback()
     if _PATIENCE in info:
+        del info[_WAITS]
         dbapi_connection.execute(f"PRAGMA busy_timeout = {info.pop(_PATIENCE)}")
     if _QUERY_ONLY in info:
         del info[_QUERY_ONLY]

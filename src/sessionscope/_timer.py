@@ -9,51 +9,73 @@ that is late would hit the connection's next user.
 
 import asyncio
 import functools
-import heapq
-import logging
-import os
 import socket
 import threading
-from collections.abc import Callable, Generator
-from contextlib import contextmanager, suppress
-from time import monotonic
-from typing import Any
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, TypeVar
 
 from sqlalchemy import Connection, Pool
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
+from sessionscope import _watchdog
 from sessionscope._backends import keep_socket
 from sessionscope._deadline import Deadline, current
 from sessionscope._interrupt import interrupt
 from sessionscope._overlap import METHODS
 from sessionscope._retry import code_of, is_busy, sqlstate_of
+from sessionscope._timed_cursor import watch_cursors
 from sessionscope.exc import CommitUnknown, DeadlineExceeded, Phase, PoolBusy
 
 # Seconds for which a cancelled statement may take to end before its connection is cut.
 _GRACE = 0.05
 
-_log = logging.getLogger("sessionscope")
-# Units that have ended, after which their entries are dropped.
-_MANY = 1000
-
 # Session methods that end a unit, and are never refused.
-_ENDINGS = ("close", "invalidate", "reset", "rollback")
+_ENDINGS = ("close", "reset", "rollback")
 # What a server says by itself when the limit that it was told is over: PostgreSQL's
 # query_canceled, ER_QUERY_TIMEOUT of MySQL, ER_STATEMENT_TIMEOUT of MariaDB.
 _TIMED_OUT = {"57014", 3024, 1969}
 
+_R = TypeVar("_R")
+
 
 class _Line:
-    """The connection that a unit uses, as far as it takes to cut it."""
+    """A connection that a unit uses, as far as it takes to cut it."""
 
-    __slots__ = ("driver_connection", "kept", "pool")
+    __slots__ = ("connection", "driver_connection", "has_server", "info", "kept", "pool", "stop")
 
     def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self.info = connection.connection.info
         self.pool: Pool = connection.engine.pool
         self.driver_connection: Any = connection.connection.driver_connection
         # A handle of our own: the driver's may be closed at any time, and its number reused.
         self.kept: socket.socket | None = keep_socket(self.driver_connection)
+        self.has_server = connection.dialect.name != "sqlite"
+        # What interrupts SQLite does not wait.
+        self.stop: Callable[[], None] | None = None
+        if not (self.has_server or connection.dialect.is_async):
+            self.stop = self.driver_connection.interrupt
+
+    def cancel(self) -> None:
+        """Cancel the statement on the server, in a thread: a silent one does not answer to this."""
+        cancel = functools.partial(_cancel, self.pool, self.driver_connection)
+        # If there is no thread to be had, the connection is cut a little later.
+        with suppress(RuntimeError):
+            threading.Thread(target=cancel, name="sessionscope-cancel", daemon=True).start()
+
+    def cut(self) -> None:
+        """Cut the connection under its driver. Does not wait."""
+        if self.kept is not None:
+            with suppress(OSError):
+                self.kept.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Close the handle."""
+        if self.kept is not None:
+            self.kept.close()
+            self.kept = None
 
 
 class Timer:
@@ -63,39 +85,44 @@ class Timer:
         "_cancelling",
         "_ended",
         "_handle",
+        "_has_cancelled",
         "_is_async",
         "_left",
-        "_line",
+        "_lines",
         "_lock",
+        "_pending",
+        "_phase",
         "_task",
         "committing",
         "confirmed",
         "cut",
         "deadline",
-        "phase",
         "why",
     )
 
     def __init__(self, deadline: Deadline, *, is_async: bool) -> None:
         self.deadline = deadline
-        self.phase: Phase | None = None  # inside of which kind of call the unit is
         self.committing = False  # COMMIT was sent, and its answer has not come
         self.confirmed = False  # its answer has come, and the call is about to end
-        self.cut = False  # what the unit waited for was ended, and its connection with it
+        self.cut = False  # what the unit waited for was ended, and its connections with it
         self.why: DeadlineExceeded | None = None  # what was ended is told this
+        self._phase: Phase | None = None  # inside of which kind of call the unit is
         self._ended = False
-        self._lock = threading.Lock()
-        self._line: _Line | None = None
+        # Re-entrant: the garbage collector may end this very unit, once it was abandoned.
+        self._lock = threading.RLock()
+        self._lines: list[_Line] = []
         self._left: threading.Event | None = None
         self._task: asyncio.Task[Any] | None = None
-        self._cancelling = 0
+        self._cancelling = 0  # how often the task had been cancelled before the call
+        self._has_cancelled = False  # it was cancelled from here, and has not been told yet
+        self._pending: asyncio.Handle | None = None  # of a cancellation that is about to be made
         self._handle: asyncio.TimerHandle | None = None
         self._is_async = is_async
         if is_async:
             loop = asyncio.get_running_loop()
             self._handle = loop.call_later(deadline.remaining, self.expire)
         else:
-            _watchdog.watch(self)
+            _watchdog.watch(self, deadline.remaining)
 
     @property
     def is_over(self) -> bool:
@@ -103,15 +130,26 @@ class Timer:
         return self.why is not None or self.deadline.is_over
 
     @property
+    def is_inside(self) -> bool:
+        """Whether the unit is inside of a call that ends at the deadline."""
+        return self._phase is not None
+
+    @property
     def has_ended(self) -> bool:
         """Whether the unit has ended."""
         return self._ended
 
     def use(self, connection: Connection) -> None:
-        """Note that the unit has begun to use *connection*."""
-        self._drop_line()
+        """Note that the unit has begun to use *connection*, or has begun a savepoint of it."""
+        info = connection.connection.info
         with self._lock:
-            self._line = _Line(connection)
+            if any(line.info is info for line in self._lines):
+                return
+            self._lines.append(_Line(connection))
+            cut = self.cut
+        if cut:  # in the moment when it was there: what is sent now would not be ended any more
+            raise self.error("connect")
+        watch_cursors(connection, self)
 
     def start_commit(self) -> None:
         """Note that COMMIT is about to be sent. Raises DeadlineExceeded if it must not."""
@@ -126,108 +164,192 @@ class Timer:
         with self._lock:
             self.committing, self.confirmed = False, True
 
-    def release(self) -> bool:
-        """Note that the connection goes back; return whether no one may use it any more."""
-        self._drop_line()
+    def release(self, info: dict[Any, Any]) -> bool:
+        """Note that a connection goes back; return whether no one may use it any more."""
+        with self._lock:
+            for line in self._lines:
+                if line.info is info:
+                    self._lines.remove(line)
+                    line.close()
+                    break
         return self.cut
 
     def end(self) -> None:
         """Note that the unit has ended."""
         with self._lock:
             self._ended = True
+            lines, self._lines = self._lines, []
+            for line in lines:
+                line.close()
         if self._handle is not None:
             self._handle.cancel()
         else:
             _watchdog.forget_one()
-        self._drop_line()
 
     def expire(self) -> None:
         """End what the unit waits for, if it does, and refuse whatever it would still do."""
         with self._lock:
-            if self._ended or self.cut or self.confirmed or self.phase is None:
+            if self._ended or self.cut or self.confirmed or self._phase is None:
                 return
-            self.why = self.deadline.exceeded("connect" if self._line is None else self.phase)
+            self.why = self.deadline.exceeded(self._phase if self._lines else "connect")
             self.cut = True
-            self._left = threading.Event()
             if self._task is not None and not self.committing:
-                self._cancelling = self._task.cancelling()
-                self._task.get_loop().call_soon_threadsafe(self._cancel)
+                self._pending = self._task.get_loop().call_soon_threadsafe(self._cancel)
                 return
-        # Not here: it may take as long as the server likes.
-        threading.Thread(target=self._break, name="sessionscope-cut", daemon=True).start()
+            self._left = left = threading.Event()
+        work = functools.partial(self._break, left)
+        try:
+            # Not here: it may take as long as the server likes.
+            threading.Thread(target=work, name="sessionscope-cut", daemon=True).start()
+        except RuntimeError:  # no thread is to be had
+            self._cut(left)
 
     def error(self, phase: Phase) -> DeadlineExceeded:
         """Return what the unit is told whose time is over."""
         return self.why or self.deadline.exceeded(phase)
 
-    def enter(self, phase: Phase) -> None:
-        """Note that the unit is inside of a call."""
-        self._task = asyncio.current_task() if self._is_async else None
-        self.phase = phase
+    def discard(self) -> bool:
+        """Close the connections, without a word to a server that may not answer.
 
-    def check(self) -> None:
-        """Raise DeadlineExceeded if the time was over before the call began."""
-        if self.is_over and not self.cut:
-            raise self.error(self.phase or "query")
-
-    def leave(self) -> None:
-        """Note that the call has ended."""
+        Return whether there was one. A transaction of SQLite, which always answers, is left.
+        """
         with self._lock:
-            self.phase = None
-            self.committing = self.confirmed = False
-            self._task = None
-            left = self._left
-        if left is not None:
-            left.set()
+            self.why = self.error(self._phase or "query")
+            self.cut = True
+            connections = [line.connection for line in self._lines if line.has_server]
+        for connection in connections:
+            if not connection.closed:
+                connection.invalidate()
+        return bool(connections)
 
-    def translate(self, error: BaseException) -> BaseException | None:
+    def run(self, work: Callable[..., _R], /, *args: Any, **kwargs: Any) -> _R:
+        """Return ``work(*args, **kwargs)``, which waits for the database at most until the end."""
+        return self.call("query", work, args, kwargs)
+
+    def end_with(self, work: Callable[[], Any]) -> Any:
+        """Call *work*, which ends something in the database, while there is time for it.
+
+        Later its connection is closed before, and it waits for nothing.
+        """
+        if not self.is_inside and self.is_over and self.discard():
+            with suppress(Exception):
+                work()
+            return None
+        return self.call("query", work, (), {}, ends=True)
+
+    def call(
+        self,
+        phase: Phase,
+        work: Callable[..., _R],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        ends: bool = False,
+    ) -> _R:
+        """Return ``work(*args, **kwargs)``; raise DeadlineExceeded when the time is over.
+
+        What *ends* the unit is called all the same, after its connections were closed.
+        """
+        if self._phase is not None or self._ended:
+            return work(*args, **kwargs)
+        token = current.set(self.deadline)
+        self._enter(phase)
+        was_over = False
+        try:
+            # Only now: a time that runs out from here on ends the call.
+            if self.is_over:
+                was_over = True
+                self._refuse(phase, ends=ends)
+            result = work(*args, **kwargs)
+        except BaseException as error:
+            told = self._translate(error, phase)
+            if told is None:
+                raise
+            raise told from error
+        finally:
+            self._leave()
+            current.reset(token)
+        if self.cut and not was_over and phase != "commit":  # it was done in the very moment
+            raise self.error(phase)
+        return result
+
+    def _enter(self, phase: Phase) -> None:
+        if self._is_async:
+            self._task = task = asyncio.current_task()
+            self._cancelling = task.cancelling() if task is not None else 0
+        self._phase = phase
+
+    def _refuse(self, phase: Phase, *, ends: bool) -> None:
+        """Raise DeadlineExceeded, or let a call that *ends* the unit find closed connections."""
+        if not ends:
+            raise self.error(phase)
+        self.discard()
+
+    def _leave(self) -> None:
+        with self._lock:
+            self._phase = None
+            self.committing = self.confirmed = False
+            if self._left is not None:
+                self._left.set()
+        if self._pending is not None:
+            self._pending.cancel()
+        self._take_back()
+        self._task = None
+
+    def _translate(self, error: BaseException, phase: Phase) -> BaseException | None:
         """Return what *error*, which has left a call, means to the unit."""
         if isinstance(error, CommitUnknown | DeadlineExceeded):
             return None
         if isinstance(error, asyncio.CancelledError):
-            task = asyncio.current_task()
-            # Somebody else may have cancelled it as well.
-            if not self.cut or task is None or task.uncancel() > self._cancelling:
-                return None
-            return self.why
+            return self.why if self._take_back() else None
         if self.cut or (self.is_over and _says_timed_out(error)):
-            return self.error(self.phase or "query")
+            return self.error(phase)
         if self.is_over and isinstance(error, PoolBusy):
             return self.error("connect")
         return None
 
     def _cancel(self) -> None:
-        if self._task is not None and self.phase is not None:
+        if self._task is not None:
+            self._has_cancelled = True
             self._task.cancel()
 
-    def _break(self) -> None:
+    def _take_back(self) -> bool:
+        """Take back the cancellation that was made here; return whether it was the only one.
+
+        Also if a driver has swallowed it, or made another error of it: the task's own
+        timeouts count on it.
+        """
+        if not self._has_cancelled or self._task is None:
+            return False
+        self._has_cancelled = False
+        return self._task.uncancel() <= self._cancelling
+
+    def _break(self, left: threading.Event) -> None:
         """Cancel the statement on the server; cut the connection if it goes on."""
-        line, left = self._line, self._left
-        assert left is not None
-        if line is None:  # it is being opened
+        with self._lock:
+            lines = [] if self.committing else [line for line in self._lines if line.stop is None]
+        for line in lines:
+            line.cancel()
+        if lines and left.wait(_GRACE):
             return
-        if not self.committing:
-            cancel = functools.partial(_cancel, line)
-            # In a thread of its own: a silent server does not answer to this either.
-            threading.Thread(target=cancel, name="sessionscope-cancel", daemon=True).start()
-            if left.wait(_GRACE):
+        self._cut(left)
+        while not left.wait(_GRACE):
+            self._cut(left)  # another statement has followed the one that was interrupted
+
+    def _cut(self, left: threading.Event) -> None:
+        # Whoever leaves the call waits for this: the next user of the connection is not hit.
+        with self._lock:
+            if left.is_set():
                 return
-        with self._lock:
-            if line.kept is not None:
-                with suppress(OSError):
-                    line.kept.shutdown(socket.SHUT_RDWR)
-
-    def _drop_line(self) -> None:
-        with self._lock:
-            line, self._line = self._line, None
-            if line is not None and line.kept is not None:
-                line.kept.close()
-                line.kept = None
+            for line in self._lines:
+                line.cut()
+                if line.stop is not None and not self.committing:
+                    line.stop()
 
 
-def _cancel(line: _Line) -> None:
+def _cancel(pool: Pool, driver_connection: Any) -> None:
     with suppress(Exception):
-        interrupt(line.pool, line.driver_connection)
+        interrupt(pool, driver_connection)
 
 
 def _says_timed_out(error: BaseException) -> bool:
@@ -237,89 +359,12 @@ def _says_timed_out(error: BaseException) -> bool:
     return is_busy(error.orig) or not _TIMED_OUT.isdisjoint(told)
 
 
-class _Watchdog:
-    """One thread for all units of this process that threads wait for."""
-
-    def __init__(self) -> None:
-        self._heap: list[tuple[float, int, Timer]] = []
-        # Re-entrant: the garbage collector may end an abandoned unit while this thread is in here.
-        self._changed = threading.Condition(threading.RLock())
-        self._count = 0
-        self._ended = 0  # of those in the heap, about
-        self._thread: threading.Thread | None = None
-
-    def forget_one(self) -> None:
-        """Count one that need not be watched any more, and drop such ones when they are many."""
-        self._ended += 1
-        if self._ended < _MANY:
-            return
-        with self._changed:
-            if 2 * self._ended > len(self._heap):
-                self._heap = [entry for entry in self._heap if not entry[2].has_ended]
-                heapq.heapify(self._heap)
-                self._ended = 0
-
-    def watch(self, timer: Timer) -> None:
-        """Call the timer's expire() when its time is over."""
-        with self._changed:
-            self._count += 1
-            entry = (monotonic() + timer.deadline.remaining, self._count, timer)
-            heapq.heappush(self._heap, entry)
-            if self._thread is None:
-                thread = threading.Thread(
-                    target=self._run, name="sessionscope-deadlines", daemon=True
-                )
-                thread.start()
-                self._thread = thread  # not before: if it cannot start, the next unit tries again
-            elif self._heap[0] is entry:
-                self._changed.notify()
-
-    def _run(self) -> None:
-        while True:
-            timer = self._next()
-            try:
-                timer.expire()
-            except Exception:  # no thread could be started, for one: the others must not suffer
-                _log.exception("A unit of work could not be ended at its deadline")
-
-    def _next(self) -> Timer:
-        """Wait for the next deadline, and return whose it is."""
-        with self._changed:
-            while True:
-                wait = self._heap[0][0] - monotonic() if self._heap else None
-                if wait is not None and wait <= 0:
-                    return heapq.heappop(self._heap)[2]
-                self._changed.wait(wait)
-
-
-_watchdog = _Watchdog()
-
-
-def _forget() -> None:
-    global _watchdog  # noqa: PLW0603  # a forked child has none of its parent's threads
-    _watchdog = _Watchdog()
-
-
-if hasattr(os, "register_at_fork"):  # Windows has no fork
-    os.register_at_fork(after_in_child=_forget)
-
-
-@contextmanager
-def limited(deadline: Deadline, *, is_async: bool) -> Generator[Timer]:
-    """End what the block waits for, on the connection that it uses, at the *deadline*."""
+def limited(deadline: Deadline, work: Callable[[Timer], _R], *, is_async: bool) -> _R:
+    """Return ``work(timer)``, which waits for the connections it tells of until the *deadline*."""
     timer = Timer(deadline, is_async=is_async)
-    token = current.set(deadline)
-    timer.enter("query")
     try:
-        yield timer
-    except BaseException as error:
-        told = timer.translate(error)
-        if told is None:
-            raise
-        raise told from error
+        return timer.run(work, timer)
     finally:
-        timer.leave()
-        current.reset(token)
         timer.end()
 
 
@@ -328,36 +373,21 @@ def timed(session_class: type[Any], key: str) -> type[Any]:
 
     *key* is that of the unit's scope in the session's ``info``.
     """
-    methods = {name: _timed(getattr(session_class, name), key) for name in METHODS}
+    names = {*METHODS, *_ENDINGS}
+    methods = {name: _timed(getattr(session_class, name), key) for name in names}
     return type(session_class.__name__, (session_class,), methods)
 
 
 def _timed(method: Callable[..., Any], key: str) -> Callable[..., Any]:
     name = method.__name__
     phase: Phase = "commit" if name == "commit" else "query"
+    ends = name in _ENDINGS
 
     @functools.wraps(method)
     def call(self: Session, *args: Any, **kwargs: Any) -> Any:
         timer: Timer | None = self.info[key].timer
-        if timer is None or timer.phase is not None:  # ended, or inside of a call of its own
+        if timer is None:  # the unit has ended
             return method(self, *args, **kwargs)
-        token = current.set(timer.deadline)
-        timer.enter(phase)
-        try:
-            # Only now: a time that runs out from here on ends the call.
-            if name not in _ENDINGS:
-                timer.check()
-            result = method(self, *args, **kwargs)
-        except BaseException as error:
-            told = timer.translate(error)
-            if told is None:
-                raise
-            raise told from error
-        finally:
-            timer.leave()
-            current.reset(token)
-        if timer.cut and name != "commit":  # it was done in the very moment
-            raise timer.error(phase)
-        return result
+        return timer.call(phase, method, (self, *args), kwargs, ends=ends)
 
     return call

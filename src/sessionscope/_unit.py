@@ -209,10 +209,6 @@ class Unit(Generic[SessionT]):
         """
         if _overlap.is_in_use(self._plain):
             return  # close() waits for the other thread or task, and rolls back
-        timer = self._scope.timer
-        if timer is not None and timer.is_over:
-            self._cut_off()
-            return
         try:
             self._plain.rollback()
         except Exception:
@@ -472,8 +468,6 @@ class Unit(Generic[SessionT]):
         if _overlap.USER in session.__dict__:
             self._reset_once_left(session)
             return
-        if self._scope.timer is not None and self._scope.timer.is_over:
-            self._cut_off()
         try:
             # Not close(): that would make SQLAlchemy's own error hide SessionEnded.
             session.reset()
@@ -503,26 +497,15 @@ class Unit(Generic[SessionT]):
         with suppress(Exception):
             session.invalidate()
 
-    def _cut_off(self) -> None:
-        """Let the server roll back by closing the connection, which may answer too late."""
-        connection = self._scope.connection
-        try:
-            if connection is None or self._source.options.is_memory:
-                self._plain.rollback()
-            else:
-                connection.invalidate()
-        except Exception:
-            self._log_failure("rollback()")
-
     def _open(self, started: float) -> None:
         self._is_open = True
         self._admitted_at = monotonic()
         scope = self._scope
-        if self._deadline is not None:
-            scope.timer = Timer(self._deadline, is_async=scope.is_async)
-        if self._deadline is not None or scope.may_run_again:
-            scope.on_begin = _identity.begin
         try:
+            if self._deadline is not None:
+                scope.timer = Timer(self._deadline, is_async=scope.is_async)
+            if self._deadline is not None or scope.may_run_again:
+                scope.on_begin = _identity.begin
             open_session = self._source.open_plain if self._is_plain else self._source.open_session
             self._given, self._session = open_session(self._bind, self._scope)
             _guards.enter(self._scope)
@@ -531,6 +514,7 @@ class Unit(Generic[SessionT]):
             raise
         if self._attempts is not None:
             self._attempts.undone = None  # of an attempt that failed: this one has its own
+            self._attempts.start()
         if self._source.telling.observers:
             self._tell_begun(self._admitted_at - started)
 

@@ -177,6 +177,11 @@ class Stack:
         with self._turn(transaction):
             self._undo(transaction)
 
+    @property
+    def is_inside(self) -> bool:
+        """Whether this thread is at work in here already, and must not wait for itself."""
+        return not self.is_async and self._turns.is_inside
+
     def abandon(self, transaction: Transaction | None) -> None:
         """End a transaction at the next turn: the garbage collector can wait for nothing."""
         if transaction is not None and transaction.savepoint is not None:
@@ -358,7 +363,7 @@ class Stack:
         if not (transaction.wrote or transaction.unseen) or self._stack[-1] is not transaction:
             return
         self._dialect.check_constraints()
-        if self._dialect.dangling_reference() is not None:
+        if self._dialect.has_dangling_reference():
             raise self._errors.IntegrityError("FOREIGN KEY constraint failed")
 
     def _broken_constraint(self) -> Exception | None:
