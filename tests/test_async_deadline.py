@@ -1,7 +1,7 @@
 """The deadline of an asynchronous unit of work."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from time import monotonic
 
@@ -210,8 +210,10 @@ async def test_a_cancellation_in_the_moment_of_the_deadline_is_not_lost(
     task = asyncio.ensure_future(work())
     timer = await started
     await asyncio.sleep(0.1)
-    ends = [task.cancel, timer.expire]
-    for end in ends if comes == "first" else reversed(ends):
+    ends: list[Callable[[], object]] = [task.cancel, timer.expire]
+    if comes == "last":
+        ends.reverse()
+    for end in ends:
         end()
     with pytest.raises(asyncio.CancelledError):
         await task

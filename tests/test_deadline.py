@@ -39,6 +39,8 @@ OUTSIDE = {
 @pytest.mark.parametrize("read_only", [False, True])
 def test_a_statement_that_takes_too_long_is_cancelled(database: Database, read_only: bool) -> None:
     sleep = text(SLEEP[database.engine.dialect.name])
+    with database.begin(read_only=read_only) as session:
+        session.execute(select(1))  # connects
     started = monotonic()
     with (
         pytest.raises(DeadlineExceeded) as error,

@@ -56,7 +56,8 @@ class _Line:
         # What interrupts SQLite does not wait.
         self.stop: Callable[[], None] | None = None
         if not (self.has_server or connection.dialect.is_async):
-            self.stop = self.driver_connection.interrupt
+            driver: Any = self.driver_connection
+            self.stop = driver.interrupt
 
     def cancel(self) -> None:
         """Cancel the statement on the server, in a thread: a silent one does not answer to this."""
