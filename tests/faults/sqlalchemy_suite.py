@@ -79,14 +79,14 @@ def _make_units_of(session_class: type[Session], *, is_async: bool) -> None:
 
 
 def _engine_created(dialect_class: object, engine: Engine) -> None:
-    verify_commits(engine, "Database('of the tests')")
+    verify_commits(engine, "Database('of the tests')", _ignore, None)
     if engine.dialect.name != "sqlite":
         keep_alive(engine)
         let_ride(engine)
         limit_statements(engine)
 
 
-def _ignore(opened_at: str) -> None:
+def _ignore(told: object) -> None:
     pass
 
 

@@ -177,11 +177,6 @@ class Stack:
         with self._turn(transaction):
             self._undo(transaction)
 
-    @property
-    def is_inside(self) -> bool:
-        """Whether this thread is at work in here already, and must not wait for itself."""
-        return not self.is_async and self._turns.is_inside
-
     def abandon(self, transaction: Transaction | None) -> None:
         """End a transaction at the next turn: the garbage collector can wait for nothing."""
         if transaction is not None and transaction.savepoint is not None:
