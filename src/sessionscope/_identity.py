@@ -53,14 +53,16 @@ _ID_SO_FAR = "SELECT pg_current_xact_id_if_assigned()"
 # asyncpg drops the rows of a simple query, and hands on what the server reports.
 _TELL_ID = f"DO $$BEGIN RAISE INFO '{_SAYS_ID}%', pg_current_xact_id(); END$$"
 # Since a crash, the id is another transaction's if it has been given out again. Ours has not
-# committed unless that one has: what has committed is in the log.
+# committed unless that one has: what has committed is in the log. One in progress is waited for:
+# it is ours if the statistics were reset by hand.
 _OUTCOME = """\
 SELECT CASE
     WHEN server = '{server}' THEN pg_xact_status('{xid}'::xid8)
     WHEN split_part(server, ' ', 1) <> split_part('{server}', ' ', 1) THEN 'unknowable'
+    WHEN EXISTS (SELECT FROM pg_stat_activity WHERE backend_xid = '{xid}'::xid8::xid)
+    THEN 'in progress'
     WHEN '{xid}'::xid8 >= pg_snapshot_xmax(pg_current_snapshot()) THEN 'aborted'
-    WHEN pg_xact_status('{xid}'::xid8) IN ('aborted', 'in progress')
-    THEN pg_xact_status('{xid}'::xid8)
+    WHEN pg_xact_status('{xid}'::xid8) = 'aborted' THEN 'aborted'
     ELSE 'unknowable' END
 FROM ({which_server}) AS here(server) WHERE server IS NOT NULL"""
 # Its session may still be there, waiting for a client that is gone. One that waits for a standby
