@@ -247,6 +247,8 @@ def test_what_is_fetched_outside_of_the_sessions_methods_ends_as_well(
 ) -> None:
     started = monotonic()
     sleep = OUTSIDE[database.engine.dialect.name]
+    if way.__name__ == "stream" and database.engine.dialect.name == "mysql":
+        pytest.skip("pymysql complains when it collects unread rows of a connection that was cut")
     with pytest.raises(DeadlineExceeded) as error, database.begin(timeout=0.3) as session:
         way(session, sleep)
     assert error.value.phase == "query"
