@@ -161,6 +161,23 @@ def test_a_stream_of_a_read_only_unit_works(boxed: Database) -> None:
         assert len(list(streamed)) == 25
 
 
+@pytest.mark.parametrize("url", ["postgres", "psycopg2", "sqlite-file"], indirect=True)
+@pytest.mark.parametrize("read_only", [True, False])
+def test_a_stream_goes_on_while_others_write(boxed: Database, read_only: bool) -> None:
+    """Its cursor is the database's, and would end with the savepoint of one that has read."""
+    with boxed.begin() as session:
+        session.add_all([Item(name=str(n)) for n in range(25)])
+    with boxed.begin(read_only=read_only) as session:
+        streamed = iter(session.scalars(select(Item.id).execution_options(yield_per=10)))
+        seen = [next(streamed)]
+        with boxed.sessionmaker.begin() as own:
+            own.add(Item(name="another"))
+        seen.extend(streamed)
+    assert len(seen) >= 25
+    with boxed.begin(read_only=True) as session, pytest.raises((DBAPIError, ReadOnlyUnit)):
+        session.execute(text("DELETE FROM item"))
+
+
 @pytest.mark.parametrize("url", ["postgres", "psycopg2", "mysql"], indirect=True)
 def test_an_independent_unit_commits_inside_of_another_one(boxed: Database) -> None:
     with boxed.begin() as session:
@@ -236,6 +253,59 @@ def test_a_rollback_undoes_what_was_begun_inside_and_says_so(boxed: Database) ->
                 session.flush()
                 own.rollback()
     assert names(boxed) == []
+
+
+def test_a_savepoint_that_ends_leaves_what_was_begun_inside(boxed: Database) -> None:
+    with boxed.sessionmaker() as own, boxed.sessionmaker() as other:
+        with own.begin_nested():
+            own.add(Item(name="own"))
+            own.flush()
+            other.add(Item(name="other"))
+            other.flush()
+        other.commit()
+        own.commit()
+    assert sorted(names(boxed)) == ["other", "own"]
+
+
+def test_a_savepoint_that_is_rolled_back_undoes_what_was_begun_inside(boxed: Database) -> None:
+    """That one has a savepoint too, to which SQLAlchemy gives the same name."""
+    with boxed.sessionmaker() as own, boxed.sessionmaker() as other:
+        own.add(Item(name="kept"))
+        own.flush()
+        savepoint = own.begin_nested()
+        own.add(Item(name="own"))
+        own.flush()
+        with pytest.raises(TransactionDoomed, match=r"undone by the rollback.*test_sandbox\.py"):
+            with other.begin_nested():
+                other.add(Item(name="other"))
+                other.flush()
+                savepoint.rollback()
+        other.rollback()
+        own.commit()
+    assert names(boxed) == ["kept"]
+
+
+def test_it_is_said_that_a_unit_was_undone_with_a_savepoint(boxed: Database) -> None:
+    """A savepoint of the unit's own, of the same name, does not take the other one's place."""
+    with boxed.sessionmaker() as own:
+        savepoint = own.begin_nested()
+        own.add(Item(name="own"))
+        own.flush()
+        with boxed.begin() as session, session.begin_nested():
+            session.add(Item(name="unit"))
+        savepoint.rollback()
+        with pytest.warns(RuntimeWarning, match=r"has committed was undone .*test_sandbox\.py"):
+            assert own.scalars(select(Item)).all() == []
+
+
+def test_a_savepoint_may_be_sent_as_text(boxed: Database) -> None:
+    with boxed.begin() as session:
+        session.execute(text("SAVEPOINT by_hand;"))
+        session.execute(insert(Item).values(name="undone"))
+        session.execute(text("ROLLBACK TO by_hand"))
+        session.execute(insert(Item).values(name="kept"))
+        session.execute(text("RELEASE SAVEPOINT by_hand"))
+    assert names(boxed) == ["kept"]
 
 
 def test_the_tests_own_failed_session_stops_no_one_and_stays_failed(boxed: Database) -> None:

@@ -46,13 +46,18 @@ class Dialect:
         if self.name == "mysql":
             self._send("START TRANSACTION")
 
+    @property
+    def refuses_writes(self) -> bool:
+        """Whether :meth:`make_read_only` is more than a wish."""
+        return self.name in _READ_ONLY
+
     def make_read_only(self) -> None:
         """Refuse writes from here on, where the database can, in the savepoint just made."""
-        if self.name in _READ_ONLY:
+        if self.refuses_writes:
             self._send(_READ_ONLY[self.name][0])
 
     def end_read_only(self) -> None:
-        """Allow writes again, after that savepoint was rolled back."""
+        """Allow writes again, after that savepoint has ended."""
         switch = _READ_ONLY.get(self.name, (None, None))[1]
         if switch is not None:
             self._send(switch)

@@ -16,6 +16,7 @@ beneath, the test's own if one is open, and are undone with that.
 """
 
 import asyncio
+import itertools
 import os
 import threading
 import warnings
@@ -39,6 +40,7 @@ from sessionscope.testing._turns import Turns
 
 _OUTERMOST = "sessionscope"
 _PROBE = "sessionscope_probe"
+_OF_SAVEPOINTS = (["SAVEPOINT"], ["RELEASE"], ["ROLLBACK"])
 
 
 class Transaction:
@@ -52,9 +54,12 @@ class Transaction:
         "ended",
         "failed",
         "info",
+        "number",
         "read_only",
         "savepoint",
+        "savepoints",
         "took_over",
+        "took_over_number",
         "undone_by",
         "unseen",
         "wrote",
@@ -66,6 +71,8 @@ class Transaction:
         self.autocommit = autocommit
         self.begun_at = ""
         self.savepoint: str | None = None  # as long as it is on the stack
+        self.number = 0  # what was begun later has a higher one
+        self.savepoints: dict[str, int] = {}  # those of begin_nested(), with such numbers
         self.at_home = False  # the thread that opened the sandbox has begun it
         self.wrote = False
         self.unseen = False  # a cursor was made that may write what no one sees
@@ -73,6 +80,7 @@ class Transaction:
         self.ended = False
         self.abandoned = False  # to be ended at the next turn, whoever has it
         self.took_over: str | None = None  # where one has begun whose commit is now part of it
+        self.took_over_number = 0
         self.undone_by: str | None = None  # what has rolled it back unasked
 
     @property
@@ -108,6 +116,7 @@ class Stack:
         self._home = None if self.is_async else threading.get_ident()
         self._stack: list[Transaction] = []
         self._abandoned: list[Transaction] = []
+        self._numbers = itertools.count(1)
         self._ended_by: str | None = None
         self._running = Running(self.real, connect)
         self._complaint: str | None = None
@@ -127,19 +136,20 @@ class Stack:
             self._raise_to_top(transaction)
             transaction.unseen = not transaction.read_only
 
-    def run(self, transaction: Transaction, statement: str, execute: Callable[[], None]) -> None:
-        """Call *execute*, which sends *statement*, as part of *transaction*."""
+    def run(self, transaction: Transaction, statement: str, execute: Callable[[str], None]) -> None:
+        """Let *execute* send *statement*, as part of *transaction*."""
         with self._turn(transaction):
             self._refuse(transaction)
             self._raise_to_top(transaction)
             transaction.unseen = False
             if not self._dialect.reads(statement) and not transaction.read_only:
                 transaction.wrote = True
-            if statement.startswith("SAVEPOINT"):  # to give up ours would end that one as well
-                transaction.wrote = True
+            sent = self._as_sent(transaction, statement)
+            if sent is None:
+                return
             try:
                 with self._running.of(transaction):
-                    self._execute(statement, execute)
+                    self._execute(sent, partial(execute, sent))
             except Exception as error:
                 transaction.failed = True
                 self._notice(error)
@@ -266,12 +276,46 @@ class Stack:
         transaction.ended = transaction.failed = transaction.wrote = False
         transaction.abandoned = False
         transaction.took_over = None
+        transaction.number = next(self._numbers)
+        transaction.savepoints = {}
         transaction.at_home = threading.get_ident() == self._home
         transaction.begun_at = here()
         self._stack.append(transaction)
         _begun.set((*(other for other in _begun.get() if not other.ended), transaction))
         if transaction.read_only:
             self._dialect.make_read_only()
+
+    def _as_sent(self, transaction: Transaction, statement: str) -> str | None:
+        """Return a statement with the name that its savepoint has here, None if it is left out.
+
+        SQLAlchemy counts savepoints for each connection, so that two have the same name, of which
+        MySQL keeps one. What was begun inside of one does not end when that is released.
+        """
+        *what, name = statement.rstrip("; \n").split(" ")
+        if what == ["SAVEPOINT"] and name.isidentifier():
+            transaction.wrote = True  # to give up ours would end that one as well
+            transaction.savepoints[name] = next(self._numbers)
+        if what[:1] not in _OF_SAVEPOINTS or name not in transaction.savepoints:
+            return statement
+        number = transaction.savepoints[name]
+        inside = [each for each in self._stack if each.number > number]
+        if what[0] == "RELEASE" and inside:
+            return None  # it ends with the transaction
+        if what[0] == "ROLLBACK":
+            self._undo_inside(transaction, inside)
+            if transaction.took_over is not None and transaction.took_over_number > number:
+                self._complaint = _undone_with(transaction)
+                transaction.took_over = None
+        return " ".join([*what, f"{name}_{number}"])
+
+    def _undo_inside(self, transaction: Transaction, inside: list[Transaction]) -> None:
+        """Undo those that have begun in a savepoint of *transaction*'s."""
+        if not inside:
+            return
+        first = inside[0].savepoint
+        self._drop(inside, transaction)
+        self._send(f"ROLLBACK TO SAVEPOINT {first}")
+        self._send(f"RELEASE SAVEPOINT {first}")
 
     def _give_up_reader(self, transaction: Transaction) -> None:
         """Take the savepoint on top away if it is another one's, who has only read."""
@@ -280,13 +324,16 @@ class Stack:
             return
         del self._stack[-1]
         name, reader.savepoint = reader.savepoint, None
-        if not reader.read_only and self._try(f"RELEASE SAVEPOINT {name}"):
-            return
-        self._send(f"ROLLBACK TO SAVEPOINT {name}")
-        self._send(f"RELEASE SAVEPOINT {name}")
+        # Not rolled back: a stream ends with its savepoint then. One that only reads may have
+        # written where the database does not refuse it.
+        may_keep = self._dialect.refuses_writes or not reader.read_only
+        released = may_keep and self._try(f"RELEASE SAVEPOINT {name}")
+        if not released:
+            self._send(f"ROLLBACK TO SAVEPOINT {name}")
+            self._send(f"RELEASE SAVEPOINT {name}")
         if reader.read_only:
             self._dialect.end_read_only()
-        else:
+        elif not released:
             reader.undone_by = _failed(reader)
 
     def _undo_failed(self) -> None:
@@ -321,10 +368,7 @@ class Stack:
             return
         self._give_up_reader(transaction)
         place = self._stack.index(transaction)
-        for above in self._stack[place + 1 :]:
-            above.undone_by = _undone(above, transaction)
-            above.savepoint = None
-        del self._stack[place + 1 :]
+        self._drop(self._stack[place + 1 :], transaction)
         self._send(f"ROLLBACK TO SAVEPOINT {transaction.savepoint}")
         if transaction.took_over is not None:
             self._complaint = _undone_with(transaction)
@@ -332,6 +376,13 @@ class Stack:
         self._end(transaction)
         if transaction.read_only:
             self._dialect.end_read_only()
+
+    def _drop(self, above: list[Transaction], beneath: Transaction) -> None:
+        """Take those on top off the stack, which the rollback of the one *beneath* undoes."""
+        for each in above:
+            each.undone_by = _undone(each, beneath)
+            each.savepoint = None
+        del self._stack[len(self._stack) - len(above) :]
 
     def _end_abandoned(self, transaction: Transaction) -> None:
         if transaction.autocommit and not (transaction.read_only or transaction.failed):
@@ -352,6 +403,7 @@ class Stack:
                 ended.savepoint = None
                 if first and ended.wrote:
                     self._stack[first - 1].took_over = ended.begun_at
+                    self._stack[first - 1].took_over_number = ended.number
             del self._stack[first:]
 
     def _check_constraints(self, transaction: Transaction) -> None:

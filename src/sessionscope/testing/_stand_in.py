@@ -39,7 +39,7 @@ class StandIn:
             self._stack.expect(self._begun())
         return self._stack.real.cursor(*args, **kwargs)
 
-    def run(self, statement: str, execute: Callable[[], None]) -> None:
+    def run(self, statement: str, execute: Callable[[str], None]) -> None:
         """Run a statement of SQLAlchemy's."""
         self._stack.run(self._begun(), statement, execute)
 
@@ -150,11 +150,15 @@ def executing_through_stand_ins(*dialects: Dialect) -> Generator[None]:
 
 def _execute(execute: Callable[..., None], cursor: Any, statement: str, *rest: Any) -> None:
     context = rest[-1]
+
+    def send(statement: str) -> None:
+        execute(cursor, statement, *rest)
+
     connection = context.root_connection.connection.dbapi_connection if context else None
     if isinstance(connection, StandIn):
-        connection.run(statement, partial(execute, cursor, statement, *rest))
+        connection.run(statement, send)
     else:
-        execute(cursor, statement, *rest)
+        send(statement)
 
 
 def _begin(begin: Callable[..., None], proxied: PoolProxiedConnection) -> None:
