@@ -193,6 +193,16 @@ def test_the_code_of_a_page_works(page: str, project: Path) -> None:
     assert run(project, use) == printed
 
 
+@pytest.mark.parametrize("page", [*TESTS, "test-with-sandbox"])
+def test_a_page_with_an_async_database_says_what_that_needs(page: str) -> None:
+    """SQLAlchemy 2.1 installs greenlet only if asked for; the fixtures have names of their own."""
+    path = ROOT / "docs" / "how-to" / f"{page}.md"
+    text = path.read_text(encoding="utf-8")
+    if any("async_database" in block for block in blocks(path) if "def test_" in block):
+        assert re.search(r'pip install "\.\[[^]]*\basyncio\b', text)
+        assert "test-with-sandbox.md#async-def" in text or page == "test-with-sandbox"
+
+
 @pytest.mark.parametrize("page", TESTS)
 @pytest.mark.parametrize("url", SHARED, indirect=True)
 def test_the_tests_of_a_page_pass_and_leave_nothing(page: str, project: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 from apscheduler.events import EVENT_JOB_ERROR, EVENT_JOB_EXECUTED
 from apscheduler.schedulers.background import BackgroundScheduler
 from dramatiq.brokers.stub import StubBroker
+from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
@@ -52,6 +53,29 @@ def test_taskiq_stores_the_result_of_what_was_committed(psycopg: Database) -> No
             assert names(psycopg) == ["pear"]
             failed = await sent[0].wait_result(timeout=20)
             assert isinstance(failed.error, IntegrityError)
+            await broker.shutdown()
+
+    asyncio.run(main())
+
+
+def test_a_task_of_taskiq_is_sent_once_its_sender_has_committed(psycopg: Database) -> None:
+    async def main() -> None:
+        broker = InMemoryBroker(await_inplace=True)
+        async with AsyncDatabase(psycopg.engine.url) as database:
+            seen: list[list[str]] = []
+
+            @broker.task
+            @psycopg.with_session(read_only=True)
+            def look(session: Session, name: str) -> None:
+                seen.append([name, *session.scalars(select(Item.name))])
+
+            await broker.startup()
+            async with database.begin() as session:
+                session.add(Item(name="pear"))
+                after_commit(session, look.kiq, "pear")
+                await session.flush()
+                assert seen == []
+            assert seen == [["pear", "pear"]]
             await broker.shutdown()
 
     asyncio.run(main())
