@@ -448,6 +448,31 @@ def test_a_session_that_outlives_it_says_so(database: Database) -> None:
     assert names(database) == []
 
 
+def test_a_reading_connection_that_outlives_it_leaves_the_next_one_writing(
+    database: Database,
+) -> None:
+    with sandbox(database):
+        reading = database.read_engine.connect()
+        reading.scalar(select(1))
+    reading.close()
+    with sandbox(database), database.begin() as session:
+        session.add(Item(name="pear"))
+    assert names(database) == []
+
+
+@pytest.mark.parametrize("url", ["sqlite-file", "sqlite-memory"], indirect=True)
+def test_a_deadline_inside_does_not_shorten_what_later_ones_wait_for_a_lock(
+    database: Database,
+) -> None:
+    patience = []
+    for _ in range(2):
+        with database.engine.connect() as connection:
+            patience.append(connection.scalar(text("PRAGMA busy_timeout")))
+        with sandbox(database), database.begin(timeout=2) as session:
+            session.add(Item(name="pear"))
+    assert patience == [5000, 5000]
+
+
 def test_one_inside_of_another_is_refused(boxed: Database) -> None:
     with pytest.raises(ConfigurationError, match="in a sandbox already"), sandbox(boxed):
         pass

@@ -33,6 +33,7 @@ class Dialect:
         self._send = send
         self._dangling: frozenset[tuple[Any, ...]] = frozenset()
         self._checks_foreign_keys = False
+        self._patience = 0  # in milliseconds
 
     def begin(self) -> None:
         """Begin the transaction around everything; most drivers do it by themselves.
@@ -41,10 +42,17 @@ class Dialect:
         """
         if self.name == "sqlite":
             self._begin_to_write()
+            self._patience = self._send("PRAGMA busy_timeout")[0][0]
             self._checks_foreign_keys = bool(self._send("PRAGMA foreign_keys")[0][0])
             self._dangling = self._dangling_rows()
         if self.name == "mysql":
             self._send("START TRANSACTION")
+
+    def end(self) -> None:
+        """Undo what was set on the connection meanwhile, and no rollback undoes."""
+        if self.name == "sqlite":
+            self.end_read_only()  # of who has not ended
+            self._send(f"PRAGMA busy_timeout = {self._patience}")  # a deadline shortens it
 
     @property
     def refuses_writes(self) -> bool:

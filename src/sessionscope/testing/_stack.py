@@ -208,6 +208,7 @@ class Stack:
             if self._is_lost:
                 self._proxied.invalidate()
             else:
+                self._dialect.end()
                 self.real.rollback()
         if not undone:
             raise self._escaped()
