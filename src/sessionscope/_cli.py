@@ -1,6 +1,7 @@
 """The command ``sessionscope``: each subcommand is loaded when it is called."""
 
 import argparse
+import io
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -8,6 +9,9 @@ from importlib import import_module
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0 clean, 1 findings, 2 unusable."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # The name of a file may hold what the terminal cannot show.
+        sys.stdout.reconfigure(errors="backslashreplace")
     parsed = _parser().parse_args(arguments)
     try:
         return int(parsed.run(parsed))

@@ -105,6 +105,14 @@ def test_the_import_that_a_fix_needs_is_added_once(folder: Path) -> None:
     compile(mended, "app.py", "exec")
 
 
+def test_what_could_not_be_checked_is_told_after_a_fix_too(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "app.py").write_text(PROVIDER)
+    assert _cli.main(["check", "--fix", "app.py", "nowhere.py"]) == 2
+    assert "nowhere.py:1: no such file or folder\n" in capsys.readouterr().out
+
+
 CLOSES = """\
 from sqlalchemy.orm import Session
 
@@ -136,7 +144,7 @@ def test_a_fix_in_another_file_than_the_finding_is_made_there(folder: Path) -> N
         "from fastapi import Depends, FastAPI\nfrom database import get_session\napp = FastAPI()\n"
         "@app.get('/')\ndef read(db=Depends(get_session)): ...\n"
     )
-    assert _cli.main(["check", "--select", "SES206", "--unsafe-fixes", "."]) == 0
+    assert _cli.main(["check", "--select", "SES206", "--fix", "--unsafe-fixes", "."]) == 0
     assert 'Depends(get_session, scope="function")' in views.read_text()
 
 
