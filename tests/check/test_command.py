@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import pytest
 from jsonschema import Draft4Validator
 
 from sessionscope import _cli
+from sessionscope.check import Config
+from sessionscope.check._config import UNUSED_NOQA_PAGE
 from sessionscope.check._registry import RULES
 
 LEAK = """
@@ -347,6 +350,17 @@ def test_settings_that_mean_nothing_are_refused(
     assert err.startswith(f"sessionscope: {folder / 'pyproject.toml'}: ")
 
 
+def test_the_settings_of_the_guide_are_known(folder: Path, command: Command) -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "how-to" / "check-sources.md").read_text()
+    shown = guide.partition("```toml\n")[2].partition("```")[0]
+    assert [line.split(" = ")[0] for line in shown.splitlines()[1:]] == [
+        field.name.replace("_", "-") for field in fields(Config)
+    ]
+    (folder / "pyproject.toml").write_text(shown)
+    (folder / "app.py").write_text(LEAK)
+    assert command("check", ".")[0] == 1
+
+
 def test_confidence_is_how_sure_a_finding_must_be(folder: Path, command: Command) -> None:
     (folder / "app.py").write_text(
         LEAK.replace("    return db.execute", "    db.execute") + "    db.close()\n"
@@ -438,6 +452,7 @@ def test_rules_lists_and_explain_shows_the_page(command: Command) -> None:
     assert code == 0
     assert out.startswith("# SES105 provider-driven-by-hand\n")
     assert "## Use instead" in out
+    assert command("explain", "SES100")[:2] == (0, f"{UNUSED_NOQA_PAGE}\n")
 
 
 @pytest.mark.parametrize("arguments", ["check app.py", "rules", "explain SES101"])

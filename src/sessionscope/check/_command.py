@@ -12,7 +12,14 @@ from typing import Any
 
 from sessionscope.check import _registry
 from sessionscope.check._cache import Cache
-from sessionscope.check._config import Config, UsageError, checked, load
+from sessionscope.check._config import (
+    UNUSED_NOQA,
+    UNUSED_NOQA_PAGE,
+    Config,
+    UsageError,
+    checked,
+    load,
+)
 from sessionscope.check._files import Problem, SourceFile, discover
 from sessionscope.check._finding import CONFIDENCES, Report
 from sessionscope.check._report import as_json, github, statistics, text
@@ -52,6 +59,9 @@ def add_explain(parser: argparse.ArgumentParser) -> None:
 
 def explain(arguments: argparse.Namespace) -> int:
     """Print the page of a rule."""
+    if arguments.code.upper() == UNUSED_NOQA:
+        print(UNUSED_NOQA_PAGE)
+        return CLEAN
     rule = _registry.RULES.get(arguments.code.upper())
     if rule is None:
         return _unusable(f"no rule is called {arguments.code!r}: `sessionscope rules` lists them")
@@ -165,9 +175,16 @@ def _fixed(
             raise
         print('Fixes need LibCST: pip install "sessionscope[codemod]"', file=sys.stderr)
         return report
-    number = fix.apply(
-        report.findings, {file.path: Path(file.full) for file in files}, unsafe=unsafe
-    )
+    try:
+        number = fix.apply(
+            report.findings, {file.path: Path(file.full) for file in files}, unsafe=unsafe
+        )
+    except OSError as error:
+        report = _run(files, config, framework)  # others may be mended already
+        report.problems.append(
+            Problem(str(error.filename), 1, f"cannot be mended: {error.strerror}")
+        )
+        return report
     print(f"Fixed {number} finding{'' if number == 1 else 's'}.", file=sys.stderr)
     return _run(files, config, framework) if number else report
 

@@ -11,6 +11,12 @@ from sessionscope.check._files import matches
 from sessionscope.check._finding import CONFIDENCES, Confidence, Finding
 
 UNUSED_NOQA = "SES100"
+UNUSED_NOQA_PAGE = """\
+# SES100 unused-noqa
+
+A comment `# noqa: SES105` in a line without this finding. Delete it: the next real finding in its
+line would go unseen. `--ignore SES100` switches this off; with `--select` it is off unless it is
+named."""
 
 
 class UsageError(Exception):
