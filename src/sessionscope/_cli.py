@@ -1,7 +1,6 @@
 """The command ``sessionscope``: each subcommand is loaded when it is called."""
 
 import argparse
-import io
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -9,9 +8,10 @@ from importlib import import_module
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0 clean, 1 findings, 2 unusable."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
+    reconfigure = getattr(sys.stdout, "reconfigure", None)
+    if reconfigure is not None:
         # The name of a file may hold what the terminal cannot show.
-        sys.stdout.reconfigure(errors="backslashreplace")
+        reconfigure(errors="backslashreplace")
     parsed = _parser().parse_args(arguments)
     try:
         return int(parsed.run(parsed))
