@@ -8,6 +8,10 @@ from importlib import import_module
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0 clean, 1 findings, 2 unusable."""
+    reconfigure = getattr(sys.stdout, "reconfigure", None)
+    if reconfigure is not None:
+        # The name of a file may hold what the terminal cannot show.
+        reconfigure(errors="backslashreplace")
     parsed = _parser().parse_args(arguments)
     try:
         return int(parsed.run(parsed))

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import pytest
 from jsonschema import Draft4Validator
 
 from sessionscope import _cli
+from sessionscope.check import Config
+from sessionscope.check._config import UNUSED_NOQA_PAGE
 from sessionscope.check._registry import RULES
 
 LEAK = """
@@ -88,6 +91,8 @@ def test_what_is_told_for_information_does_not_fail_the_run(folder: Path, comman
         ("check", "--select", "SES999", "."),
         ("check", "--confidence", "great", "."),
         ("check", "nowhere.py"),
+        ("check", "--providers", "nowhere.py"),
+        ("check", "--unsafe-fixes", "."),
         ("explain", "SES999"),
         ("nothing",),
         (),
@@ -153,6 +158,16 @@ def test_links_in_circles_are_not_followed(folder: Path, command: Command) -> No
     assert "app.py:9:10: SES102" in out
     assert "dangling.py:1: No such file or directory\n" in out
     assert "circle.py:1: Too many levels of symbolic links\n" in out
+    assert command("check", "circle.py")[0] == 2  # by its name
+
+
+def test_what_cannot_be_checked_is_told_with_the_providers(folder: Path, command: Command) -> None:
+    (folder / "app.py").write_text(LEAK)
+    (folder / "broken.py").write_text("def f(:\n")
+    code, out, err = command("check", "--providers", ".", "nowhere.py")
+    assert code == 2
+    assert "app.py:8: owner leak\n" in out
+    assert [line.partition(":")[0] for line in err.splitlines()] == ["nowhere.py", "broken.py"]
 
 
 def test_what_is_no_file_is_not_waited_for(folder: Path, command: Command) -> None:
@@ -252,6 +267,31 @@ def test_github_annotations_are_one_escaped_line_each(folder: Path, command: Com
     assert notice.startswith("::notice file=info.py,line=8,")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="names are bytes on Linux alone")
+def test_the_name_of_a_file_may_be_no_text(folder: Path, command: Command) -> None:
+    Path(os.fsdecode(bytes(folder) + b"/app\xff.py")).write_text(LEAK)
+    location = sarif(command, ".")["runs"][0]["results"][0]["locations"][0]["physicalLocation"]
+    assert location["artifactLocation"]["uri"] == "app%FF.py"
+
+
+def test_a_terminal_without_unicode_stops_nothing(folder: Path) -> None:
+    (folder / "é.py").write_text(LEAK)
+    for arguments in (["check", "."], ["check", "--help"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "sessionscope", *arguments],
+            env={
+                "PYTHONPATH": str(Path(_cli.__file__).parents[1]),
+                "PYTHONIOENCODING": "ascii",
+                "LC_ALL": "C.UTF-8",
+            },
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert "Traceback" not in done.stderr
+        assert done.returncode == (0 if "--help" in arguments else 1)
+
+
 def test_statistics_count_per_rule(folder: Path, command: Command) -> None:
     (folder / "app.py").write_text(LEAK + LEAK.replace("leak", "second"))
     _, out, _ = command("check", "--statistics", ".")
@@ -286,7 +326,19 @@ def test_the_settings_of_pyproject_apply(folder: Path, command: Command) -> None
 
 @pytest.mark.parametrize(
     "settings",
-    ["colour = 'red'", "ignore = 'SES102'", "ignore = ['SES999']", "confidence = 'great'", "x ="],
+    [
+        "colour = 'red'",
+        "ignore = 'SES102'",
+        "ignore = ['SES999']",
+        "confidence = 'great'",
+        "x =",
+        "exclude = ['']",
+        "exclude = ['/']",
+        "blocking-calls = ['']",
+        "per-file-ignores = ['SES102']",
+        "per-file-ignores = {'' = ['SES102']}",
+        "per-file-ignores = {'app.py' = ['SES999']}",
+    ],
 )
 def test_settings_that_mean_nothing_are_refused(
     folder: Path, command: Command, settings: str
@@ -295,7 +347,18 @@ def test_settings_that_mean_nothing_are_refused(
     (folder / "pyproject.toml").write_text(f"[tool.sessionscope.check]\n{settings}\n")
     code, _, err = command("check", ".")
     assert code == 2
-    assert "pyproject.toml" in err or "SES999" in err
+    assert err.startswith(f"sessionscope: {folder / 'pyproject.toml'}: ")
+
+
+def test_the_settings_of_the_guide_are_known(folder: Path, command: Command) -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "how-to" / "check-sources.md").read_text()
+    shown = guide.partition("```toml\n")[2].partition("```")[0]
+    assert [line.split(" = ")[0] for line in shown.splitlines()[1:]] == [
+        field.name.replace("_", "-") for field in fields(Config)
+    ]
+    (folder / "pyproject.toml").write_text(shown)
+    (folder / "app.py").write_text(LEAK)
+    assert command("check", ".")[0] == 1
 
 
 def test_confidence_is_how_sure_a_finding_must_be(folder: Path, command: Command) -> None:
@@ -304,6 +367,18 @@ def test_confidence_is_how_sure_a_finding_must_be(folder: Path, command: Command
     )
     assert command("check", ".")[0] == 1
     assert command("check", "--confidence", "high", ".")[0] == 0
+
+
+def test_a_noqa_stays_in_use_where_a_run_is_stricter(folder: Path, command: Command) -> None:
+    """Deleted on the word of ``--confidence high``, it would be missed by the next run."""
+    (folder / "app.py").write_text(
+        LEAK.replace("    return db.execute", "    db.execute").replace(
+            "db = SessionLocal()", "db = SessionLocal()  # noqa: SES102"
+        )
+        + "    db.close()\n"
+    )
+    assert command("check", ".")[:2] == (0, "No findings in 1 file.\n")
+    assert command("check", "--confidence", "high", ".")[:2] == (0, "No findings in 1 file.\n")
 
 
 def test_a_blanket_noqa_suppresses_and_an_unused_one_is_found(
@@ -337,11 +412,26 @@ def test_the_cache_answers_until_a_file_changes(
     assert command("check", ".")[0] == 0
 
 
-def test_a_spoilt_or_forbidden_cache_is_done_without(folder: Path, command: Command) -> None:
+@pytest.mark.parametrize(
+    "spoilt",
+    [
+        "{",
+        "[]",
+        "{}",
+        '{"findings": ["a"], "problems": [], "files": 1, "lines": 1}',
+        '{"findings": [{"path": "a"}], "problems": [], "files": 1, "lines": 1}',
+        '{"findings": [], "problems": ["a"], "files": 1, "lines": 1}',
+        "[" * 200_000,
+        "\0",
+    ],
+)
+def test_a_spoilt_or_forbidden_cache_is_done_without(
+    folder: Path, command: Command, spoilt: str
+) -> None:
     (folder / "app.py").write_text(LEAK)
     command("check", ".")
-    for entry in (folder / ".sessionscope_cache").glob("*.json"):
-        entry.write_text("{")
+    (entry,) = (folder / ".sessionscope_cache").glob("*.json")
+    entry.write_text(spoilt)
     assert command("check", ".")[0] == 1
     (folder / "other").mkdir()
     assert not list((folder / "other").glob("*"))
@@ -362,6 +452,7 @@ def test_rules_lists_and_explain_shows_the_page(command: Command) -> None:
     assert code == 0
     assert out.startswith("# SES105 provider-driven-by-hand\n")
     assert "## Use instead" in out
+    assert command("explain", "SES100")[:2] == (0, f"{UNUSED_NOQA_PAGE}\n")
 
 
 @pytest.mark.parametrize("arguments", ["check app.py", "rules", "explain SES101"])

@@ -105,6 +105,14 @@ def test_the_import_that_a_fix_needs_is_added_once(folder: Path) -> None:
     compile(mended, "app.py", "exec")
 
 
+def test_what_could_not_be_checked_is_told_after_a_fix_too(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "app.py").write_text(PROVIDER)
+    assert _cli.main(["check", "--fix", "app.py", "nowhere.py"]) == 2
+    assert "nowhere.py:1: no such file or folder\n" in capsys.readouterr().out
+
+
 CLOSES = """\
 from sqlalchemy.orm import Session
 
@@ -136,10 +144,128 @@ def test_a_fix_in_another_file_than_the_finding_is_made_there(folder: Path) -> N
         "from fastapi import Depends, FastAPI\nfrom database import get_session\napp = FastAPI()\n"
         "@app.get('/')\ndef read(db=Depends(get_session)): ...\n"
     )
-    assert _cli.main(["check", "--select", "SES206", "--unsafe-fixes", "."]) == 0
+    assert _cli.main(["check", "--select", "SES206", "--fix", "--unsafe-fixes", "."]) == 0
     assert 'Depends(get_session, scope="function")' in views.read_text()
 
 
 def test_a_file_that_libcst_cannot_read_stays_as_it_is() -> None:
     (finding,) = check_source(CLOSES, "app.py")
     assert mend(b"def f(:\n", "app.py", finding) == b"def f(:\n"
+
+
+HEAD = """\
+from fastapi import FastAPI
+from sqlalchemy import create_engine
+from sqlalchemy.orm import Session, sessionmaker
+
+SessionLocal = sessionmaker(create_engine("postgresql://localhost"))
+app = FastAPI()
+"""
+
+
+def mended(source: str, code: str) -> str:
+    """Return *source* without its findings of *code*, as --fix --unsafe-fixes leaves it."""
+    file = Path("app.py")
+    file.write_text(source)
+    _cli.main(["check", "--no-cache", "--select", code, "--fix", "--unsafe-fixes", "app.py"])
+    compile(file.read_text(), "app.py", "exec")
+    return file.read_text()
+
+
+def test_the_import_stands_above_what_uses_it(folder: Path) -> None:
+    """Modules import further down, too, and a docstring stays the first statement."""
+    source = (
+        '"""Doc."""\nfrom sqlalchemy import create_engine\n'
+        'engine = create_engine("sqlite://")\nfrom fastapi import FastAPI\napp = FastAPI()\n'
+    )
+    namespace: dict[str, object] = {}
+    exec(mended(source, "SES304"), namespace)
+    assert namespace["__doc__"] == "Doc."
+    assert type(namespace["engine"].pool).__name__ == "StaticPool"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    "line", ["from pools import StaticPool", "import pools as StaticPool", "StaticPool = None"]
+)
+def test_a_name_that_means_something_else_is_not_used(folder: Path, line: str) -> None:
+    source = f'{HEAD}{line}\nengine = create_engine("sqlite://")\n'
+    assert mended(source, "SES304") == source
+
+
+def test_an_import_under_another_name_is_no_import(folder: Path) -> None:
+    source = f'{HEAD}from sqlalchemy import StaticPool as SP\nengine = create_engine("sqlite://")\n'
+    assert "from sqlalchemy.pool import StaticPool\n" in mended(source, "SES304")
+
+
+def test_an_argument_in_a_line_of_its_own_stands_like_the_others(folder: Path) -> None:
+    source = f'{HEAD}engine = create_engine(\n    "sqlite://",  # for now\n)\n'
+    assert mended(source, "SES304").endswith(
+        'engine = create_engine(\n    "sqlite://",  # for now\n    poolclass=StaticPool,\n)\n'
+    )
+
+
+def test_the_block_ends_where_the_session_was_closed(folder: Path) -> None:
+    """What comes after must not hold the connection; comments stay."""
+    source = f"""{HEAD}
+def count():
+    db = SessionLocal()  # ours
+    n = db.scalar("SELECT 1")
+    db.close()
+    # may take long
+    send(n)
+"""
+    assert mended(source, "SES102").endswith("""
+    with SessionLocal() as db:  # ours
+        n = db.scalar("SELECT 1")
+    # may take long
+    send(n)
+""")
+
+
+def test_two_engines_of_one_name_are_not_both_moved_up(folder: Path) -> None:
+    """The second would take the place of the first, with another database behind it."""
+    route = """
+@app.get("/{0}")
+def {0}():
+    engine = create_engine("postgresql://localhost/{0}")
+    with Session(engine) as session:
+        return session.scalar("SELECT 1")
+"""
+    after = mended(HEAD + route.format("a") + route.format("b"), "SES101")
+    assert after.count("\nengine = ") == 1
+    assert after.count("\n    engine = ") == 1
+
+
+@pytest.mark.parametrize(
+    "body", ["if name:\n        return db.close()\n    db.commit()", "x = db.close()\n    print(x)"]
+)
+def test_a_close_that_does_more_than_to_close_stays(folder: Path, body: str) -> None:
+    source = f"{HEAD}\ndef create(db: Session, name: str):\n    db.add(name)\n    {body}\n"
+    assert mended(source, "SES107") == source
+
+
+def test_what_needs_the_event_loop_stays_async(folder: Path) -> None:
+    source = f"""{HEAD}
+import asyncio
+@app.get("/")
+async def read(db: Session):
+    asyncio.create_task(log())
+    return db.scalar("SELECT 1")
+"""
+    assert mended(source, "SES205") == source
+
+
+def test_a_file_that_cannot_be_written_is_told(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By root, too: the file is gone when the fix comes to it."""
+    file = folder / "app.py"
+    file.write_text(PROVIDER)
+    assert _cli.main(["check", "app.py"]) == 1  # answered by the cache from here on
+    monkeypatch.setattr("sessionscope.check._fix.apply", _vanish)
+    assert _cli.main(["check", "--fix", "app.py"]) == 2
+    assert "cannot be mended: No such file or directory" in capsys.readouterr().out
+
+
+def _vanish(*_: object, **__: object) -> int:
+    return len(Path("nowhere.py").read_bytes())

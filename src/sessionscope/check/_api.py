@@ -23,7 +23,7 @@ def check_paths(
     problems: list[Problem] = []
     given = list(paths)
     files = discover(given, config.exclude, problems)
-    folder = Path(given[0]).resolve() if given else Path.cwd()
+    folder = Path(os.path.realpath(given[0] if given else "."))
     return run(files, config, fastapi_version(folder)).findings
 
 

@@ -36,7 +36,7 @@ class Cache:
             data = json.loads(self._file.read_bytes())
             self._file.touch()
             return _report(data)
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
             return None
 
     def store(self, report: Report) -> None:
@@ -74,7 +74,8 @@ def _stamp(path: str | Path) -> bytes:
         found = os.stat(path)  # noqa: PTH116 - thousands of times
     except OSError:
         return b"?"
-    return f"{found.st_mtime_ns} {found.st_size} {found.st_ino};".encode()
+    # st_ctime_ns: whether a file may be read changes no other time.
+    return f"{found.st_mtime_ns} {found.st_ctime_ns} {found.st_size} {found.st_ino};".encode()
 
 
 def _report(data: dict[str, Any]) -> Report:

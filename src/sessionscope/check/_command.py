@@ -2,6 +2,7 @@
 
 import argparse
 import gc
+import os
 import sys
 from collections.abc import Iterable
 from dataclasses import replace
@@ -11,7 +12,14 @@ from typing import Any
 
 from sessionscope.check import _registry
 from sessionscope.check._cache import Cache
-from sessionscope.check._config import Config, UsageError, checked, load
+from sessionscope.check._config import (
+    UNUSED_NOQA,
+    UNUSED_NOQA_PAGE,
+    Config,
+    UsageError,
+    checked,
+    load,
+)
 from sessionscope.check._files import Problem, SourceFile, discover
 from sessionscope.check._finding import CONFIDENCES, Report
 from sessionscope.check._report import as_json, github, statistics, text
@@ -51,6 +59,9 @@ def add_explain(parser: argparse.ArgumentParser) -> None:
 
 def explain(arguments: argparse.Namespace) -> int:
     """Print the page of a rule."""
+    if arguments.code.upper() == UNUSED_NOQA:
+        print(UNUSED_NOQA_PAGE)
+        return CLEAN
     rule = _registry.RULES.get(arguments.code.upper())
     if rule is None:
         return _unusable(f"no rule is called {arguments.code!r}: `sessionscope rules` lists them")
@@ -77,11 +88,11 @@ def check(arguments: argparse.Namespace) -> int:
     files = discover(arguments.paths, config.exclude, problems)
     framework = fastapi_version(_folder(arguments.paths))
     if arguments.providers:
-        return _print_providers(files, config, framework)
+        return _print_providers(files, config, framework, problems)
     report = _report(files, config, framework, cached=not arguments.no_cache)
-    report.problems[:0] = problems
-    if arguments.fix or arguments.unsafe_fixes:
+    if arguments.fix:
         report = _fixed(report, files, config, framework, unsafe=arguments.unsafe_fixes)
+    report.problems[:0] = problems
     _print(report, arguments)
     gc.freeze()
     if report.problems:
@@ -95,6 +106,8 @@ def _unusable(message: str) -> int:
 
 
 def _configured(arguments: argparse.Namespace) -> Config:
+    if arguments.unsafe_fixes and not arguments.fix:
+        raise UsageError("--unsafe-fixes changes nothing by itself: write --fix --unsafe-fixes")
     config = load(Path.cwd())
     if arguments.select is not None:
         config = replace(config, select=checked(arguments.select.split(",")))
@@ -106,7 +119,7 @@ def _configured(arguments: argparse.Namespace) -> Config:
 
 
 def _folder(paths: Iterable[str]) -> Path:
-    first = Path(next(iter(paths))).resolve()
+    first = Path(os.path.realpath(next(iter(paths))))  # resolve() raises on a circle of links
     return first if first.is_dir() else first.parent
 
 
@@ -133,14 +146,18 @@ def _loaded(name: str) -> Any:
     return import_module(f"sessionscope.check.{name}")
 
 
-def _print_providers(files: list[SourceFile], config: Config, framework: Version | None) -> int:
+def _print_providers(
+    files: list[SourceFile], config: Config, framework: Version | None, problems: list[Problem]
+) -> int:
     running = _loaded("_run")
     with running.quietly():
         project = running.Project(config, framework)
         project.read(files)
         for line in _loaded("_providers").describe(project.model()):
             print(line)
-    return CLEAN
+    problems += project.report.problems
+    _warn(problems)
+    return UNUSABLE if problems else CLEAN
 
 
 def _fixed(
@@ -158,9 +175,16 @@ def _fixed(
             raise
         print('Fixes need LibCST: pip install "sessionscope[codemod]"', file=sys.stderr)
         return report
-    number = fix.apply(
-        report.findings, {file.path: Path(file.full) for file in files}, unsafe=unsafe
-    )
+    try:
+        number = fix.apply(
+            report.findings, {file.path: Path(file.full) for file in files}, unsafe=unsafe
+        )
+    except OSError as error:
+        report = _run(files, config, framework)  # others may be mended already
+        report.problems.append(
+            Problem(str(error.filename), 1, f"cannot be mended: {error.strerror}")
+        )
+        return report
     print(f"Fixed {number} finding{'' if number == 1 else 's'}.", file=sys.stderr)
     return _run(files, config, framework) if number else report
 
@@ -177,10 +201,14 @@ def _print(report: Report, arguments: argparse.Namespace) -> None:
             lines = statistics(report) if arguments.statistics else text(report)
             print(*lines, sep="\n")
             return
-    for problem in report.problems:
-        print(f"{problem.path}:{problem.line}: {problem.text}", file=sys.stderr)
+    _warn(report.problems)
     if not report.files:
         print("Nothing was checked: no Python file was found.", file=sys.stderr)
+
+
+def _warn(problems: Iterable[Problem]) -> None:
+    for problem in problems:
+        print(f"{problem.path}:{problem.line}: {problem.text}", file=sys.stderr)
 
 
 def _version() -> str:

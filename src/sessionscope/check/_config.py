@@ -11,6 +11,12 @@ from sessionscope.check._files import matches
 from sessionscope.check._finding import CONFIDENCES, Confidence, Finding
 
 UNUSED_NOQA = "SES100"
+UNUSED_NOQA_PAGE = """\
+# SES100 unused-noqa
+
+A comment `# noqa: SES105` in a line without this finding. Delete it: the next real finding in its
+line would go unseen. `--ignore SES100` switches this off; with `--select` it is off unless it is
+named."""
 
 
 class UsageError(Exception):
@@ -111,7 +117,7 @@ def _from_table(table: dict[str, Any], file: Path) -> Config:
             )
         try:
             config = replace(config, **{key.replace("-", "_"): _setting(key, value)})
-        except (TypeError, AttributeError) as error:
+        except (TypeError, UsageError) as error:
             raise UsageError(f"{file}: {key} in [tool.sessionscope.check]: {error}") from error
     return config
 
@@ -122,12 +128,16 @@ def _setting(key: str, value: Any) -> Any:
             raise TypeError("must be high, medium or low")
         return value
     if key == "per-file-ignores":
-        return tuple((pattern, checked(_strings(codes))) for pattern, codes in value.items())
+        if not isinstance(value, dict):
+            raise TypeError('must be a table, like {"app/jobs/*.py" = ["SES106"]}')
+        table = cast("dict[str, object]", value)
+        patterns = _strings(list(table))
+        return tuple((pattern, checked(_strings(table[pattern]))) for pattern in patterns)
     return checked(_strings(value)) if key in {"select", "ignore"} else _strings(value)
 
 
 def _strings(value: Any) -> tuple[str, ...]:
     items = cast("list[object]", value) if isinstance(value, list) else [None]
-    if not all(isinstance(item, str) for item in items):
-        raise TypeError("must be a list of strings")
+    if not all(isinstance(item, str) and item.strip("/ ") for item in items):
+        raise TypeError("must be a list of strings, none of them empty")
     return tuple(map(str, items))

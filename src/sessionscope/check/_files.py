@@ -119,6 +119,8 @@ def _shown(path: Path) -> str:
 def matches(path: str, pattern: str) -> bool:
     """Return whether *pattern* means *path*: a file, a folder with all below it, or a glob."""
     plain = pattern.rstrip("/")
+    if not plain:
+        return False
     if path == plain or path.startswith(plain + "/") or f"/{plain}/" in f"/{path}":
         return True
     return Path(path).match(pattern)

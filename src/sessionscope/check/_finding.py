@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from sessionscope.check._files import Problem
@@ -56,13 +56,6 @@ class Finding:
             ],
             "fix": self.fix and {"applicability": self.fix},
         }
-
-    def moved_to(self, path: str) -> "Finding":
-        """Return the same finding in a file that is called *path*."""
-        steps = tuple(
-            replace(step, path=path) if step.path == self.path else step for step in self.evidence
-        )
-        return replace(self, path=path, evidence=steps)
 
 
 @dataclass(slots=True)

@@ -8,13 +8,14 @@ from libcst.metadata import MetadataWrapper
 
 from sessionscope.check._finding import Finding
 from sessionscope.check._fix_blocks import Hoist, WrapInWith
+from sessionscope.check._fix_imports import is_taken, needed, with_import
 from sessionscope.check._fix_places import Fix, assigned, is_call_of
 
 
 def apply(findings: Iterable[Finding], files: Mapping[str, Path], *, unsafe: bool) -> int:
     """Mend what can be mended in *files* and return how many findings that were.
 
-    A file is written only if it still parses.
+    A file is written only if it still parses. Raises OSError if one cannot be written.
     """
     wanted = [f for f in findings if f.fix == "safe" or (unsafe and f.fix == "unsafe")]
     by_file: dict[str, list[Finding]] = {}
@@ -43,8 +44,8 @@ def _mend_file(file: Path, path: str, findings: Sequence[Finding]) -> set[Findin
         if changed != source:
             source = changed
             mended.add(finding)
-    for module, name in _needed(mended):
-        source = _with_import(source, module, name)  # last, because it moves all lines below
+    for name in sorted({name for finding in mended if (name := needed(finding))}):
+        source = with_import(source, name)  # last, because it moves all lines below
     if mended:
         file.write_bytes(source)
     return mended
@@ -52,9 +53,12 @@ def _mend_file(file: Path, path: str, findings: Sequence[Finding]) -> set[Findin
 
 def mend(source: bytes, path: str, finding: Finding) -> bytes:
     """Return *source* without *finding*, or as it is where the fix does not fit."""
+    name = needed(finding)
     try:
         wrapper = MetadataWrapper(cst.parse_module(source))
-    except (cst.ParserSyntaxError, UnicodeDecodeError, LookupError):
+        if name and is_taken(source, name):
+            return source
+    except (cst.ParserSyntaxError, SyntaxError, ValueError, LookupError):
         return source
     result = wrapper.visit(_FIXES[finding.code](path, finding)).bytes
     try:
@@ -96,7 +100,7 @@ class _StaticPool(Fix):
             return updated_node
         self.changed = True
         return updated_node.with_changes(
-            args=_with_argument(updated_node.args, "poolclass", cst.Name("StaticPool"))
+            args=_with_argument(updated_node, "poolclass", cst.Name("StaticPool"))
         )
 
 
@@ -108,8 +112,7 @@ class _DeleteStatement(Fix):
         original_node: cst.SimpleStatementLine,
         updated_node: cst.SimpleStatementLine,
     ) -> cst.SimpleStatementLine | cst.RemovalSentinel:
-        start = self.at(original_node)
-        if start[0] != self.place[0] or len(original_node.body) != 1:
+        if self.at(original_node)[0] != self.place[0] or not _closes(original_node):
             return updated_node
         return cst.RemoveFromParent()
 
@@ -146,7 +149,7 @@ class _FunctionScope(Fix):
         ):
             return updated_node
         value = cst.SimpleString('"function"')
-        return updated_node.with_changes(args=_with_argument(updated_node.args, "scope", value))
+        return updated_node.with_changes(args=_with_argument(updated_node, "scope", value))
 
 
 class _RollBack(Fix):
@@ -177,23 +180,49 @@ _FIXES: dict[str, type[Fix]] = {
 }
 
 
-def _with_argument(
-    arguments: Sequence[cst.Arg], name: str, value: cst.BaseExpression
-) -> list[cst.Arg]:
-    """Return *arguments* and ``name=value``, laid out as the last one is."""
+def _closes(statement: cst.SimpleStatementLine) -> bool:
+    """Return whether closing is all that *statement* does."""
+    line = statement.body[0]
+    value = line.value if isinstance(line, cst.Expr) else None
+    call = value.expression if isinstance(value, cst.Await) else value
+    function = call.func if isinstance(call, cst.Call) else None
+    return (
+        len(statement.body) == 1
+        and isinstance(function, cst.Attribute)
+        and function.attr.value in {"close", "aclose"}
+    )
+
+
+def _with_argument(call: cst.Call, name: str, value: cst.BaseExpression) -> list[cst.Arg]:
+    """Return the arguments of *call* and ``name=value``, laid out as they are."""
     equal = cst.AssignEqual(cst.SimpleWhitespace(""), cst.SimpleWhitespace(""))
-    if not arguments:
-        return [cst.Arg(value, cst.Name(name), equal)]
-    *before, last = arguments
+    added = cst.Arg(value, cst.Name(name), equal)
+    if not call.args:
+        return [added]
+    *before, last = call.args
     if isinstance(last.comma, cst.Comma):
-        previous = before[-1].comma if before else cst.MaybeSentinel.DEFAULT
-        between = previous if isinstance(previous, cst.Comma) else last.comma
-        added = cst.Arg(value, cst.Name(name), equal, comma=last.comma)
-        return [*before, last.with_changes(comma=between), added]
+        between, end = _commas(call, last.comma)
+        return [*before, last.with_changes(comma=between), added.with_changes(comma=end)]
     comma = cst.Comma(whitespace_after=cst.SimpleWhitespace(" "))
-    added = cst.Arg(value, cst.Name(name), equal, whitespace_after_arg=last.whitespace_after_arg)
     plain = last.with_changes(comma=comma, whitespace_after_arg=cst.SimpleWhitespace(""))
-    return [*before, plain, added]
+    return [
+        *before,
+        plain,
+        added.with_changes(whitespace_after_arg=last.whitespace_after_arg),
+    ]
+
+
+def _commas(call: cst.Call, last: cst.Comma) -> tuple[cst.Comma, cst.Comma]:
+    """Return the comma before a new argument, and the one after it, where *last* was the last."""
+    start, end = call.whitespace_before_args, last.whitespace_after
+    if not isinstance(start, cst.ParenthesizedWhitespace) or not isinstance(
+        end, cst.ParenthesizedWhitespace
+    ):
+        return cst.Comma(whitespace_after=cst.SimpleWhitespace(" ")), last
+    # A line of its own; the comment stays behind the argument that it is about.
+    between = start.with_changes(first_line=end.first_line, empty_lines=[])
+    closing = end.with_changes(first_line=cst.TrailingWhitespace())
+    return cst.Comma(whitespace_after=between), cst.Comma(whitespace_after=closing)
 
 
 def _names(call: cst.Call, message: str) -> bool:
@@ -203,44 +232,3 @@ def _names(call: cst.Call, message: str) -> bool:
         return False
     text = cst.Module([]).code_for_node(call.args[0].value)
     return text.rpartition(".")[2] == provider
-
-
-def _needed(mended: Iterable[Finding]) -> list[tuple[str, str]]:
-    """Return the imports, module and name, that fixes have made necessary."""
-    needed: dict[tuple[str, str], None] = {}
-    for finding in mended:
-        if finding.code == "SES304":
-            needed["sqlalchemy.pool", "StaticPool"] = None
-        if finding.code == "SES105":
-            name = "asynccontextmanager" if "async with" in finding.message else "contextmanager"
-            needed["contextlib", name] = None
-    return sorted(needed)
-
-
-def _with_import(source: bytes, origin: str, name: str) -> bytes:
-    """Return *source* with *name* imported after its other imports."""
-    module = cst.parse_module(source)
-    if _imports(module, name):
-        return source
-    line = cst.parse_statement(f"from {origin} import {name}\n")
-    places = [n for n, statement in enumerate(module.body) if _is_import(statement)]
-    after = places[-1] + 1 if places else 0
-    return module.with_changes(body=[*module.body[:after], line, *module.body[after:]]).bytes
-
-
-def _is_import(statement: cst.BaseStatement) -> bool:
-    return isinstance(statement, cst.SimpleStatementLine) and isinstance(
-        statement.body[0], cst.Import | cst.ImportFrom
-    )
-
-
-def _imports(module: cst.Module, name: str) -> bool:
-    for statement in module.body:
-        if not isinstance(statement, cst.SimpleStatementLine):
-            continue
-        for line in statement.body:
-            if not isinstance(line, cst.ImportFrom) or isinstance(line.names, cst.ImportStar):
-                continue
-            if any(alias.evaluated_name == name for alias in line.names):
-                return True
-    return False

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import libcst as cst
+from libcst import matchers
 
 from sessionscope.check._fix_places import Fix, assigned, is_call_of
 
@@ -25,15 +26,16 @@ class WrapInWith(Fix):
         manager = self.manager(statement)
         if manager is None:
             return updated_node
-        kept = [line for line in rest if not is_call_of(line, f"{name}.close")] or rest
+        inside, after = _to_its_close(rest, name)
+        kept = [line for line in inside if not is_call_of(line, f"{name}.close")] or rest[:1]
         awaits = cst.Asynchronous() if self.finding.message.count("async with") else None
         block = cst.With(
             items=[cst.WithItem(manager, cst.AsName(cst.Name(name)))],
-            body=cst.IndentedBlock(kept),
+            body=cst.IndentedBlock(kept, header=statement.trailing_whitespace),
             asynchronous=awaits,
             leading_lines=statement.leading_lines,
         )
-        return updated_node.with_changes(body=[*updated_node.body[:made], block])
+        return updated_node.with_changes(body=[*updated_node.body[:made], block, *after])
 
     def manager(self, statement: cst.SimpleStatementLine) -> cst.BaseExpression | None:
         """Return what the block is over, in place of what *statement* assigned."""
@@ -74,12 +76,27 @@ class Hoist(Fix):
     def leave_Module(self, original_node: cst.Module, updated_node: cst.Module) -> cst.Module:  # noqa: N802 - LibCST calls it so
         if self.moved is None:
             return updated_node
+        name = assigned(self.moved)
+        if any(assigned(line) == name for line in original_node.body):
+            return original_node  # another engine of this name was moved up before
         before = [n for n, line in enumerate(original_node.body) if self.at(line) < self.place]
         place = before[-1]
         blank = _blank_lines(updated_node.body[place])
-        line = self.moved.with_changes(leading_lines=blank)
+        comments = [line for line in self.moved.leading_lines if line.comment is not None]
+        line = self.moved.with_changes(leading_lines=[*blank, *comments])
         body = [*updated_node.body[:place], line, *updated_node.body[place:]]
         return updated_node.with_changes(body=body)
+
+
+def _to_its_close(
+    lines: Sequence[cst.BaseStatement], name: str
+) -> tuple[Sequence[cst.BaseStatement], Sequence[cst.BaseStatement]]:
+    """Divide *lines* where the session was closed, so that the block holds it no longer."""
+    closed = [n for n, line in enumerate(lines) if is_call_of(line, f"{name}.close")]
+    after = lines[closed[-1] + 1 :] if closed else ()
+    if not closed or any(matchers.findall(line, matchers.Name(name)) for line in after):
+        return lines, ()
+    return lines[: closed[-1] + 1], after
 
 
 def _value(statement: cst.SimpleStatementLine) -> cst.BaseExpression | None:

@@ -9,7 +9,6 @@ from typing import NamedTuple, cast
 from sessionscope.check._facts import (
     SESSION_METHODS,
     STATEMENTS,
-    Block,
     CallFact,
     Module,
     Scope,
@@ -363,11 +362,6 @@ def is_test(module: Module) -> bool:
 def is_migration(module: Module) -> bool:
     """Return whether *module* is a migration script or runs them."""
     return not _MIGRATIONS.isdisjoint(module.local.split("/"))
-
-
-def enclosing(block: Block, *kinds: str) -> Block | None:
-    """Return the innermost block around of one of *kinds*."""
-    return next((b for b in block.chain() if b.kind in kinds), None)
 
 
 def contains(outer: ast.AST, inner: ast.AST) -> bool:

@@ -71,13 +71,9 @@ class Project:
         config = self._config
         codes = config.codes()
         model = self.model()
-        found = {
-            finding: None
-            for code in codes
-            for finding in RULES[code].judge(model)
-            if config.wants(finding)
-        }
-        findings = keep(found, self.comments)
+        # A comment is in use too where this run would not have shown its finding.
+        found = dict.fromkeys(finding for code in codes for finding in RULES[code].judge(model))
+        findings = [f for f in keep(found, self.comments) if config.wants(f)]
         if config.reports_unused_noqa():
             findings += unused(self.comments, codes)
         self.report.findings = sorted(findings, key=lambda f: (f.path, f.line, f.column, f.code))

@@ -75,7 +75,10 @@ def _location(
 ) -> dict[str, Any]:
     region = {"startLine": line, "startColumn": column, "endLine": end_line or line}
     found: dict[str, Any] = {
-        "physicalLocation": {"artifactLocation": {"uri": quote(path)}, "region": region}
+        "physicalLocation": {
+            "artifactLocation": {"uri": quote(path, errors="surrogateescape")},
+            "region": region,
+        }
     }
     if text:
         found["message"] = {"text": text}

@@ -57,6 +57,12 @@ _CACHES = frozenset(
         "memoize",
     }
 )
+_COSTS = {
+    "engine": "a pool of its own and leaves its connections open, until the server answers "
+    '"too many clients"',
+    "factory": "a class of sessions anew, which takes longer than to make a session, and whose "
+    "event listeners the next one does not have",
+}
 _RUNS = {"endpoint": "per request", "task": "per task", "dependency": "per request"}
 
 
@@ -84,8 +90,7 @@ def _judge_call(model: Model, scope: Scope, call: CallFact) -> Iterator[Finding]
         RULE,
         scope,
         call.node,
-        f"`{name}()` runs {runs} here: each call makes a pool of its own and leaves its "
-        'connections open, until the server answers "too many clients". Make it once, at the '
+        f"`{name}()` runs {runs} here: each call makes {_COSTS[made.kind]}. Make it once, at the "
         "top of a module",
         because=because,
         fix=_can_be_hoisted(scope, call),
@@ -110,7 +115,8 @@ def _can_be_hoisted(scope: Scope, call: CallFact) -> bool:
         for name in names
         if not hasattr(builtins, name)
     )
-    return known and len(scope.bindings[target.id]) == 1 and target.id not in module.bindings
+    taken = target.id in module.bindings or hasattr(builtins, target.id)
+    return known and len(scope.bindings[target.id]) == 1 and not taken
 
 
 _MAKERS = (

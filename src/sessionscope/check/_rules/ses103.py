@@ -78,14 +78,17 @@ def _judge_session(model: Model, session: Owned) -> Iterator[Finding]:
     if not left & OPEN and not (left & IDLE and not found.closed):
         return
     how = (
-        "is closed after the `yield`, but not in a `finally`" if found.closed else "is never closed"
+        "is closed after the `yield`, but not in a `finally`: each request that fails keeps its "
+        "connection"
+        if found.closed
+        else "is never closed: each request keeps its connection until the garbage collector comes"
     )
     outcome: Outcome = scope.yields[0]
     yield model.finding(
         RULE,
         scope,
         session.made,
-        f"`{session.name}` {how}: each request that fails keeps its connection, until "
+        f"`{session.name}` {how}, until "
         f'"QueuePool limit reached". Put the `yield` inside `with ... as {session.name}:`',
         because=[
             Because(scope, session.made, f"`{session.name}` is made here"),

@@ -165,7 +165,7 @@ def _left_loops(model: Model, scope: Scope) -> Iterator[Finding]:
             f"The loop over `{ast.unparse(loop.iter)}` is left before its end: the provider's "
             "clean-up runs when the garbage collector comes by, and until then the connection is "
             "missing from the pool. Write "
-            f"`async with asynccontextmanager({ast.unparse(loop.iter.func)})() as session:`",
+            f"`{_manager(found)}({ast.unparse(loop.iter.func)})() as session:`",
             because=[Because(target, target.function, "the provider")] if target else (),
             confidence="medium",
             fix=False,

@@ -157,8 +157,15 @@ def _finding(model: Model, scope: Scope, path: str, use: Use) -> Finding:
                 f"`{path}` comes in here",
             ),
         ],
-        fix=use.role == "method",
+        fix=use.role == "method" and _is_statement(scope, node),
     )
+
+
+def _is_statement(scope: Scope, call: ast.AST) -> bool:
+    """Return whether *call* is a line of its own: nothing is lost with it but the close."""
+    lines = [node for node in ast.walk(scope.node) if isinstance(node, ast.Expr)]
+    values = [line.value for line in lines]
+    return any((value.value if isinstance(value, ast.Await) else value) is call for value in values)
 
 
 RULE = Rule("SES107", "receiver-closes-session", "on", judge, fix="unsafe")

@@ -194,7 +194,7 @@ def _finding(model: Model, scope: Scope, node: ast.Call, escape: Escape, where: 
         RULE,
         scope,
         node,
-        f'`{escape.shown}` is used by {where} at once: "concurrent operations are not '
+        f'`{escape.shown}` is used by {where}, at the same time: "concurrent operations are not '
         'permitted", and connections that never come back to the pool. Await one after the '
         "other, or open a session in each",
         because=[

@@ -41,6 +41,16 @@ from sessionscope.check._model import Because, Model
 from sessionscope.check._values import Value
 
 _BLOCKING = (STATEMENTS | {"rollback"}) - {"merge_all"}
+_OF_THE_LOOP = frozenset(
+    {
+        "create_task",
+        "ensure_future",
+        "start_soon",
+        "get_running_loop",
+        "get_event_loop",
+        "current_task",
+    }
+)
 
 
 def judge(model: Model) -> Iterator[Finding]:
@@ -84,19 +94,25 @@ def _inline(model: Model, scope: Scope) -> Iterator[Finding]:
 
 
 def _finding(model: Model, scope: Scope, path: str, use: Use, value: Value) -> Finding:
+    can_be_sync = _can_be_sync(scope)
+    instead = (
+        "Write `def` instead of `async def`, or use an AsyncSession"
+        if can_be_sync
+        else "Use an AsyncSession, or do this in a plain function: `await asyncio.to_thread(work)`"
+    )
     return model.finding(
         RULE,
         scope,
         use.node,
         f"`{path}.{use.name}()` stops the event loop of `{scope.name}` until the database has "
         'answered: nobody else is served, and an empty pool means "QueuePool limit reached" '
-        "after 30 s of silence. Write `def` instead of `async def`, or use an AsyncSession",
+        f"after 30 s of silence. {instead}",
         confidence=_confidence(model, scope),
         because=[
             Because(scope, scope.function, f"`{scope.name}` runs on the event loop"),
             Because(value.scope or scope, value.node, "the session is synchronous"),
         ],
-        fix=model.context(scope) == "endpoint" and _can_be_sync(scope),
+        fix=model.context(scope) == "endpoint" and can_be_sync,
     )
 
 
@@ -125,6 +141,8 @@ def _can_be_sync(scope: Scope) -> bool:
         return False
     return not any(
         isinstance(inner, ast.Await | ast.AsyncFor | ast.AsyncWith | ast.Yield | ast.YieldFrom)
+        or (isinstance(inner, ast.Attribute) and inner.attr in _OF_THE_LOOP)
+        or (isinstance(inner, ast.Name) and inner.id in _OF_THE_LOOP)
         or (isinstance(inner, ast.comprehension) and inner.is_async)
         for inner in ast.walk(node)
     )
