@@ -29,19 +29,22 @@ def send_report():
 
 ## When to ignore
 
-Where the generator is kept in a variable and closed in a ``finally``.
+Where the generator is kept in a variable and closed in a ``finally``. A session that is closed by
+hand, in a ``finally`` or by ``with closing(db):``, is not flagged: it reopens, but comes back.
+``next()`` of an asynchronous provider is flagged for what it is, a TypeError.
 """
 
 import ast
 from collections.abc import Iterator
 
-from sessionscope.check._facts import SESSION_METHODS, CallFact, Scope, dotted
+from sessionscope.check._facts import SESSION_METHODS, CallFact, Scope, dotted, last_name
 from sessionscope.check._finding import Finding, Rule
-from sessionscope.check._model import Because, Model, contains
-from sessionscope.check._ownership import stays_in_block
+from sessionscope.check._model import Because, Model, contains, enclosing
+from sessionscope.check._ownership import CLOSING, stays_in_block
 from sessionscope.check._values import Value
 
 _OF_SESSIONS = SESSION_METHODS - {"close", "aclose"}
+_PLAIN_STEPS = frozenset({"next", "__next__", "send"})
 _STEPS = frozenset({"__next__", "__anext__", "send", "asend"})
 
 
@@ -75,25 +78,58 @@ def _stepped(model: Model, scope: Scope, call: CallFact) -> Iterator[Finding]:
     # A generator with a name lives as long as the name: it is not garbage at once.
     if found is None or dotted(generator) is not None:
         return
-    yield _finding(model, scope, call, generator, found)
+    name = ast.unparse(generator.func if isinstance(generator, ast.Call) else generator)
+    step = function.attr if isinstance(function, ast.Attribute) else function.id
+    if found.is_async and step in _PLAIN_STEPS:
+        yield _finding(model, scope, call, _no_iterator(node, name), found, fix=False)
+    elif found.is_async or not _closed_by_hand(scope, call):
+        message = _thrown_away(node, name, found)
+        yield _finding(model, scope, call, message, found, fix=_can_be_wrapped(scope, call))
+
+
+def _no_iterator(node: ast.Call, name: str) -> str:
+    return (
+        f"`{ast.unparse(node)}` fails each time: `{name}` is an asynchronous generator, "
+        "\"TypeError: 'async_generator' object is not an iterator\". Receive the session as a "
+        f"parameter, or in an `async def` write `async with asynccontextmanager({name})() as "
+        "session:`"
+    )
+
+
+def _thrown_away(node: ast.Call, name: str, found: Value) -> str:
+    if found.is_async:
+        then = "its clean-up closes the session while it is in use, then the session reopens by "
+        then += "itself and nobody answers for it"
+    else:
+        then = "it closes the session at once, the session reopens by itself and is never closed "
+        then += "again"
+    return (
+        f"`{ast.unparse(node)}` throws the generator away: {then}, until "
+        f'"QueuePool limit reached". Write `{_manager(found)}({name})() as session:`'
+    )
+
+
+def _closed_by_hand(scope: Scope, call: CallFact) -> bool:
+    """Return whether the session has a name, and is closed where an error comes by, too."""
+    return any(
+        use.role == "with"
+        or (use.role == "method" and use.name in CLOSING and enclosing(use.block, "finally"))
+        or (
+            use.role == "argument"
+            and isinstance(use.owner, ast.Call)
+            and last_name(use.owner) == "closing"
+        )
+        for name in _names(scope, call)
+        for use in scope.uses.get(name, ())
+    )
 
 
 def _finding(
-    model: Model, scope: Scope, call: CallFact, generator: ast.expr, found: Value
+    model: Model, scope: Scope, call: CallFact, message: str, found: Value, *, fix: bool
 ) -> Finding:
-    node = call.node
-    name = ast.unparse(generator.func if isinstance(generator, ast.Call) else generator)
     target = found.target if isinstance(found.target, Scope) else None
-    return model.finding(
-        RULE,
-        scope,
-        node,
-        f"`{ast.unparse(node)}` throws the generator away: it closes the session at once, the "
-        'session reopens by itself and is never closed again, until "QueuePool limit reached". '
-        f"Write `{_manager(found)}({name})() as session:`",
-        because=[Because(target, target.function, "the provider")] if target else (),
-        fix=_can_be_wrapped(scope, call),
-    )
+    because = [Because(target, target.function, "the provider")] if target else ()
+    return model.finding(RULE, scope, call.node, message, because=because, fix=fix)
 
 
 def _manager(found: Value) -> str:
@@ -104,13 +140,7 @@ def _can_be_wrapped(scope: Scope, call: CallFact) -> bool:
     """Return whether the session is a name that the rest of one block alone uses."""
     owner = call.owner
     statement = call.role in {"assign", "await"} and isinstance(owner, ast.Assign | ast.Await)
-    names = [
-        name
-        for name, bindings in scope.bindings.items()
-        for binding in bindings
-        if binding.value is call.node
-        or (isinstance(binding.value, ast.Await) and binding.value.value is call.node)
-    ]
+    names = _names(scope, call)
     return (
         statement
         and scope.kind == "function"
@@ -120,6 +150,17 @@ def _can_be_wrapped(scope: Scope, call: CallFact) -> bool:
         and isinstance(call.node.func, ast.Name)
         and stays_in_block(scope, names[0])
     )
+
+
+def _names(scope: Scope, call: CallFact) -> list[str]:
+    """Return what the outcome of *call* is called."""
+    return [
+        name
+        for name, bindings in scope.bindings.items()
+        for binding in bindings
+        if binding.value is call.node
+        or (isinstance(binding.value, ast.Await) and binding.value.value is call.node)
+    ]
 
 
 def _used_as_session(model: Model, scope: Scope) -> Iterator[Finding]:

@@ -74,12 +74,19 @@ def _made(model: Model, scope: Scope) -> ast.Call | None:
             continue
         if value.fresh and value.node is call.node:
             guarded = any(
-                isinstance(b.node, ast.If) and "None" in ast.unparse(b.node.test)
+                isinstance(b.node, ast.If) and _asks_for_none(scope, b.node.test)
                 for b in call.block.chain()
             )
             if not guarded and call.role not in {"return", "yield", "element"}:
                 return None if _given_away(scope, call) else call.node
     return None
+
+
+def _asks_for_none(scope: Scope, test: ast.expr) -> bool:
+    """``if db is None:``, or ``if own:`` after ``own = db is None``."""
+    bindings = scope.bindings.get(test.id, ()) if isinstance(test, ast.Name) else ()
+    asked = [b.value for b in bindings if isinstance(b.value, ast.Compare)]
+    return any("None" in ast.unparse(node) for node in (test, *asked))
 
 
 def _given_away(scope: Scope, call: CallFact) -> bool:

@@ -33,7 +33,8 @@ tasks.add_task(send_mail, order.id)
 
 ## When to ignore
 
-Where the caller waits for the other thread and does not touch the session meanwhile.
+Where the caller waits for the other thread and does not touch the session meanwhile. An object of
+a factory with ``expire_on_commit=False`` is not flagged: what was loaded stays loaded.
 """
 
 import ast
@@ -44,7 +45,7 @@ from sessionscope.check._escapes import Escape, escapes
 from sessionscope.check._facts import Binding, CallFact, Scope, position
 from sessionscope.check._finding import Confidence, Finding, Rule
 from sessionscope.check._model import Because, Model
-from sessionscope.check._orm import loads_object
+from sessionscope.check._orm import expire_option, loads_object
 
 _TASK_CALLS = (
     "delay",
@@ -163,6 +164,8 @@ def _objects(
 ) -> Iterator[Finding]:
     """Mapped objects that were loaded through a session of this function."""
     known = model.session_uses(scope)
+    if any(expire_option(value) is False for _, _, value in known):
+        return  # what was loaded stays loaded
     sessions = {path for path, _, value in known if value.kind == "session"}
     added = {
         argument.id

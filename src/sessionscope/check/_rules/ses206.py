@@ -30,7 +30,8 @@ def create_user(db: Annotated[Session, Depends(get_db, scope="function")]): ...
 
 ## When to ignore
 
-Where no client relies on what the answer says.
+Where no client relies on what the answer says, or each endpoint commits by itself: the finding is
+of medium confidence unless an endpoint is seen to write and to leave the commit to the dependency.
 """
 
 import ast
@@ -38,8 +39,10 @@ from collections.abc import Iterator
 
 from sessionscope.check._committing import late_commit
 from sessionscope.check._facts import Scope, decorator_names
-from sessionscope.check._finding import Finding, Rule
+from sessionscope.check._finding import Confidence, Finding, Rule
 from sessionscope.check._model import Because, Model
+
+_WRITES = frozenset({"add", "add_all", "delete", "merge", "flush"})
 
 
 def judge(model: Model) -> Iterator[Finding]:
@@ -76,10 +79,29 @@ def _is_not_fastapi(model: Model, scope: Scope, call: ast.Call) -> bool:
     return not model.external(call.func, scope).startswith("fastapi")
 
 
+def _leaves_its_commit(model: Model, where: Scope, depends: ast.Call) -> bool:
+    """Return whether the function with this ``Depends`` writes, and does not commit by itself."""
+    for function in where.children:
+        for name, bindings in function.bindings.items():
+            if any(
+                b.kind == "parameter" and (b.value is depends or _mentions(b.annotation, depends))
+                for b in bindings
+            ):
+                used = {use.name for path, use, _ in model.session_uses(function) if path == name}
+                return bool(used & _WRITES) and "commit" not in used
+    return False
+
+
+def _mentions(annotation: ast.expr | None, depends: ast.Call) -> bool:
+    return annotation is not None and any(node is depends for node in ast.walk(annotation))
+
+
 def _finding(
     model: Model, scope: Scope, commit: ast.expr, uses: list[tuple[Scope, ast.Call]]
 ) -> Finding:
     sent = scope.yields[0].node
+    relied = any(_leaves_its_commit(model, where, call) for where, call in uses)
+    confidence: Confidence = "high" if relied else "medium"
     return model.finding(
         RULE,
         scope,
@@ -87,6 +109,7 @@ def _finding(
         f"`{scope.name}` commits after the `yield`, when the response is already sent: a COMMIT "
         "that fails was answered with 200, and the next request may not find the row. Write "
         f'`Depends({scope.name}, scope="function")` (FastAPI 0.121), or commit before returning',
+        confidence=confidence,
         because=[
             Because(
                 scope,
