@@ -35,7 +35,7 @@ class Echo(socketserver.ThreadingTCPServer):
 
 
 class Answer(socketserver.BaseRequestHandler):
-    server: Echo
+    server: Echo  # pyright: ignore[reportIncompatibleVariableOverride]  # it serves no other
 
     def handle(self) -> None:
         try:

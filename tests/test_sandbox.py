@@ -702,9 +702,10 @@ def test_sandboxes_on_one_file_wait_for_each_other(url: str) -> None:
 
 @pytest.mark.parametrize("wrong", [None, "sqlite://", create_engine("sqlite://")])
 def test_what_is_no_database_is_refused_with_the_mend(wrong: Any) -> None:
+    given: Any = wrong
     kind = "None" if wrong is None else type(wrong).__name__
     with pytest.raises(ConfigurationError, match=f"fixture sessionscope_database .*{kind}.*bind="):
-        with sandbox(wrong):
+        with sandbox(given):
             pass
 
 

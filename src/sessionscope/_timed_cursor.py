@@ -50,7 +50,8 @@ class TimedCursor:
 
     def _run(self, work: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         try:
-            return self._timer.run(work, *args, **kwargs)
+            result: Any = self._timer.run(work, *args, **kwargs)
+            return result
         except DeadlineExceeded:  # after which SQLAlchemy closes the connection, and no cursor
             _leave_unread(self._cursor)
             if self._timer.discard():

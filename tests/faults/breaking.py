@@ -24,7 +24,7 @@ def dsn(url: str) -> str:
 def ask(url: str, statement: str) -> list[tuple[Any, ...]]:
     """What the server answers over a connection of its own; nothing for what has no rows."""
     with psycopg.connect(dsn(url), autocommit=True) as connection:
-        cursor = connection.execute(statement)
+        cursor = connection.execute(statement.encode())
         return cursor.fetchall() if cursor.description is not None else []
 
 
@@ -118,7 +118,7 @@ def answers(url: str) -> bool:
 def configure(url: str, name: str, value: str) -> None:
     """Change a setting of the whole server, and wait until it is seen."""
     with psycopg.connect(dsn(url), autocommit=True) as connection:
-        connection.execute(f"ALTER SYSTEM SET {name} = '{value}'")
+        connection.execute(f"ALTER SYSTEM SET {name} = '{value}'".encode())
         connection.execute("SELECT pg_reload_conf()")
     until(lambda: ask(url, f"SHOW {name}") == [(value,)])
 

@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from sqlite3 import dbapi2
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -285,7 +286,7 @@ registry.register("scripted.aio", __name__, "AioServerDialect")
 
 def driver(script: Script) -> ModuleType:
     """Return a DBAPI module whose connections follow *script*: ``create_engine(module=...)``."""
-    return _like(sqlite3.dbapi2, partial(_connect, script))
+    return _like(dbapi2, partial(_connect, script))
 
 
 def async_driver(script: Script) -> Any:

@@ -364,6 +364,11 @@ def is_migration(module: Module) -> bool:
     return not _MIGRATIONS.isdisjoint(module.local.split("/"))
 
 
+def enclosing(block: Block, *kinds: str) -> Block | None:
+    """Return the innermost block around of one of *kinds*."""
+    return next((b for b in block.chain() if b.kind in kinds), None)
+
+
 def contains(outer: ast.AST, inner: ast.AST) -> bool:
     """Return whether *inner* stands inside *outer* in the same file."""
     start, end = getattr(outer, "lineno", 0), getattr(outer, "end_lineno", 0)

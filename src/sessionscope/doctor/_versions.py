@@ -19,29 +19,45 @@ class _Bad(NamedTuple):
 # SQLite's fix of 3.51.3 is in 3.50.7 and 3.44.6 as well (https://sqlite.org/wal.html#walresetbug).
 _WAL_RESET_FIXED = ((3, 44, 6), (3, 50, 7), (3, 51, 3))
 
+
+def _has_wal_reset_bug(version: Version) -> bool:
+    is_mended = any(version >= fixed and version[:2] == fixed[:2] for fixed in _WAL_RESET_FIXED)
+    return version < _WAL_RESET_FIXED[-1] and not is_mended
+
+
+class _Between(NamedTuple):
+    """Versions from one on, up to the one that is good again."""
+
+    first: Version
+    good: Version
+
+    def __call__(self, version: Version) -> bool:
+        return self.first <= version < self.good
+
+
 _SERVERS = [
     _Bad(
         "sqlite",
-        lambda v: v < (3, 51, 3) and not any(v >= f and v[:2] == f[:2] for f in _WAL_RESET_FIXED),
+        _has_wal_reset_bug,
         "several processes that write one WAL file at once may, very rarely, damage it "
         "(https://sqlite.org/wal.html#walresetbug): update to 3.51.3 or newer",
     ),
     _Bad(
         "postgresql",
-        lambda v: (14,) <= v < (14, 4),
+        _Between((14,), (14, 4)),
         "CREATE INDEX CONCURRENTLY may leave rows out "
         "(https://www.postgresql.org/docs/release/14.4/): update to the newest 14.x",
     ),
     _Bad(
         "postgresql",
-        lambda v: v < (14,),
+        _Between((), (14,)),
         "it gets no more fixes (https://www.postgresql.org/support/versioning/): update",
     ),
 ]
 _PACKAGES = [
     _Bad(
         "fastapi",
-        lambda v: v < (0, 121, 1),
+        _Between((), (0, 121, 1)),
         'Depends(scope="function") does not end before the response there '
         "(https://fastapi.tiangolo.com/release-notes/): update to 0.121.1 or newer",
     ),

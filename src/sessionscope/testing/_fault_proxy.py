@@ -227,7 +227,7 @@ class _Link:
     server: asyncio.StreamWriter
     struck: Fault | None = None
     recent: bytes = b""
-    directions: list["asyncio.Future[None]"] = field(default_factory=list)
+    directions: list["asyncio.Future[None]"] = field(default_factory=list["asyncio.Future[None]"])
 
     async def relay(self) -> None:
         """Pass everything on, until one side closes."""
