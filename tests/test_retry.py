@@ -295,8 +295,8 @@ async def test_two_hundred_increments_of_ten_tasks_are_all_there(postgres_url: s
                 await increment()
 
         await asyncio.gather(*(work() for _ in range(10)))
-        async with database.begin(read_only=True) as session:
-            assert (await session.get_one(Item, 1)).name == "200"
+        async with database.begin(read_only=True) as reader:
+            assert (await reader.get_one(Item, 1)).name == "200"
 
 
 def test_the_error_of_another_database_does_not_run_again(psycopg: Database) -> None:

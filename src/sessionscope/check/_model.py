@@ -9,6 +9,7 @@ from typing import NamedTuple, cast
 from sessionscope.check._facts import (
     SESSION_METHODS,
     STATEMENTS,
+    Block,
     CallFact,
     Module,
     Scope,

@@ -25,14 +25,13 @@ def _has_wal_reset_bug(version: Version) -> bool:
     return version < _WAL_RESET_FIXED[-1] and not is_mended
 
 
-class _Between(NamedTuple):
-    """Versions from one on, up to the one that is good again."""
+def _between(first: Version, good: Version) -> Callable[[Version], bool]:
+    """Return whether a version is *first* or later, and before the one that is *good* again."""
 
-    first: Version
-    good: Version
+    def is_bad(version: Version) -> bool:
+        return first <= version < good
 
-    def __call__(self, version: Version) -> bool:
-        return self.first <= version < self.good
+    return is_bad
 
 
 _SERVERS = [
@@ -44,20 +43,20 @@ _SERVERS = [
     ),
     _Bad(
         "postgresql",
-        _Between((14,), (14, 4)),
+        _between((14,), (14, 4)),
         "CREATE INDEX CONCURRENTLY may leave rows out "
         "(https://www.postgresql.org/docs/release/14.4/): update to the newest 14.x",
     ),
     _Bad(
         "postgresql",
-        _Between((), (14,)),
+        _between((), (14,)),
         "it gets no more fixes (https://www.postgresql.org/support/versioning/): update",
     ),
 ]
 _PACKAGES = [
     _Bad(
         "fastapi",
-        _Between((), (0, 121, 1)),
+        _between((), (0, 121, 1)),
         'Depends(scope="function") does not end before the response there '
         "(https://fastapi.tiangolo.com/release-notes/): update to 0.121.1 or newer",
     ),
