@@ -50,8 +50,8 @@ class TimedCursor:
 
     def _run(self, work: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         try:
-            result: Any = self._timer.run(work, *args, **kwargs)
-            return result
+            timer: _Timer = self._timer
+            return timer.run(work, *args, **kwargs)
         except DeadlineExceeded:  # after which SQLAlchemy closes the connection, and no cursor
             _leave_unread(self._cursor)
             if self._timer.discard():

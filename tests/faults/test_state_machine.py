@@ -59,7 +59,7 @@ def test_what_units_report_is_what_is_stored(arena: Arena) -> None:
         stateful_step_count=STEPS_OF_ONE,
         database=None,
         deadline=None,
-        suppress_health_check=[*HealthCheck],
+        suppress_health_check=[*HealthCheck],  # pyright: ignore[reportArgumentType]  # its metaclass
     )
     number = SEED
     while arena.count["steps"] < steps:
