@@ -40,6 +40,9 @@ class TimedCursor:
 
     __slots__ = ("_cursor", "_timer")
 
+    _cursor: Any
+    _timer: _Timer
+
     def __init__(self, cursor: Any, timer: _Timer) -> None:
         object.__setattr__(self, "_cursor", cursor)
         object.__setattr__(self, "_timer", timer)
@@ -50,8 +53,7 @@ class TimedCursor:
 
     def _run(self, work: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         try:
-            timer: _Timer = self._timer
-            return timer.run(work, *args, **kwargs)
+            return self._timer.run(work, *args, **kwargs)
         except DeadlineExceeded:  # after which SQLAlchemy closes the connection, and no cursor
             _leave_unread(self._cursor)
             if self._timer.discard():
