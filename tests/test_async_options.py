@@ -167,3 +167,15 @@ def test_a_database_needs_no_greenlet() -> None:
             print(session.scalar(text("SELECT 1")))
     """
     assert in_a_fresh_interpreter("greenlet", script) == "1\n"
+
+
+def test_asyncpgs_connections_are_of_one_class_however_many_there_are() -> None:
+    """SQLAlchemy 2.0 gives a listener the arguments again that it has changed before."""
+    dialect: Any = AsyncDatabase("postgresql+asyncpg://u@h/d").engine.dialect
+    arguments: dict[str, Any] = {}
+    classes: set[type[Any]] = set()
+    for _ in range(3):
+        for connecting in dialect.dispatch.do_connect:
+            connecting(dialect, None, [], arguments)
+        classes.add(arguments["connection_class"])
+    assert len(classes) == 1

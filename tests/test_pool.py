@@ -383,17 +383,24 @@ def test_a_two_phase_sessionmaker_reads_as_well(postgres_url: str) -> None:
 @pytest.mark.parametrize("driver", ["psycopg", "psycopg2"])
 @pytest.mark.parametrize(("given", "expected"), [("", [5, None]), ("?connect_timeout=3", [3, 3])])
 def test_a_deadline_limits_connecting(
-    postgres_url: str, driver: str, given: str, expected: list[int | None]
+    postgres_url: str,
+    driver: str,
+    given: str,
+    expected: list[int | None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The driver gives up soon after it; without one, it is as the user has said."""
     seen: list[int | None] = []
 
-    def connecting(dialect: object, record: object, args: object, kwargs: dict[str, Any]) -> None:
+    def connecting(*args: Any, **kwargs: Any) -> Any:
         seconds = kwargs.get("connect_timeout")
         seen.append(None if seconds is None else int(seconds))
+        return connect(*args, **kwargs)
 
     with Database(f"{postgres_url.replace('+psycopg', f'+{driver}')}{given}") as database:
-        event.listen(database.engine, "do_connect", connecting)
+        module: Any = database.engine.dialect.loaded_dbapi
+        connect = module.connect
+        monkeypatch.setattr(module, "connect", connecting)
         for timeout in (5, None):
             with database.begin(timeout=timeout) as session:
                 session.execute(text("SELECT 1"))

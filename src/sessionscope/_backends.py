@@ -16,7 +16,7 @@ from math import ceil
 from time import monotonic
 from typing import Any, Protocol
 
-from sqlalchemy import Engine, event
+from sqlalchemy import Engine
 from sqlalchemy.engine.interfaces import DBAPIConnection
 
 from sessionscope._deadline import Deadline, current, within
@@ -221,20 +221,18 @@ def limit_connecting(engine: Engine) -> None:
     """
     if engine.dialect.driver not in ("psycopg", "psycopg2") or engine.dialect.is_async:
         return
-    usual: dict[str, Any] = {}
+    connect = engine.dialect.connect
 
-    def connecting(dialect: object, record: object, args: object, kwargs: dict[str, Any]) -> None:
-        given = usual.setdefault("connect_timeout", kwargs.get("connect_timeout"))
+    def connect_in_time(*args: Any, **kwargs: Any) -> Any:
         deadline = current.get()
         if deadline is not None:
             seconds = max(_LIBPQ_SECONDS, ceil(deadline.remaining))
-            kwargs["connect_timeout"] = min(int(given or 0) or seconds, seconds)
-        elif given is not None:
-            kwargs["connect_timeout"] = given
-        else:
-            kwargs.pop("connect_timeout", None)
+            given = int(kwargs.get("connect_timeout") or 0)
+            kwargs["connect_timeout"] = min(given or seconds, seconds)
+        return connect(*args, **kwargs)
 
-    event.listen(engine, "do_connect", connecting)
+    # Not by a do_connect listener: SQLAlchemy 2.0 gives all threads the same arguments to change.
+    engine.dialect.connect = connect_in_time  # type: ignore[method-assign]  # as a subclass would
 
 
 _all: weakref.WeakSet[Backends] = weakref.WeakSet()

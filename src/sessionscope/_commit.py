@@ -59,7 +59,6 @@ def verify_commits(
     is_doomed = doom_check(dialect.name, dialect.driver)
     send_commit = dialect.do_commit
     send_begin = dialect.do_begin
-    send_rollback = dialect.do_rollback
     to_savepoint = dialect.do_rollback_to_savepoint
 
     def do_commit(proxied: PoolProxiedConnection) -> None:
@@ -90,14 +89,6 @@ def verify_commits(
         proxied.info.pop(LOST, None)
         proxied.info.pop(WAS_OPEN, None)
 
-    def do_rollback(proxied: PoolProxiedConnection) -> None:
-        send_rollback(proxied)
-        error: DBAPIError | None = _info(proxied).pop(_REFUSED, None)
-        # Not before: PostgreSQL answers no question in a failed transaction.
-        if error is not None and _leads_astray(dialect, proxied):
-            error.connection_invalidated = True
-            renew(proxied)
-
     def do_rollback_to_savepoint(connection: Connection, name: str) -> None:
         to_savepoint(connection, name)
         # What failed inside of the savepoint is undone, and not to blame for what fails later.
@@ -106,11 +97,26 @@ def verify_commits(
     # Any listener on an Engine makes each Connection build a dispatcher for every
     # event that it passes, which costs a read unit a third of its instructions.
     dialect.do_commit = do_commit  # type: ignore[method-assign, assignment]  # as a subclass would
-    dialect.do_rollback = do_rollback  # type: ignore[method-assign, assignment]  # likewise
     if dialect.name in ("mysql", "mariadb"):
         dialect.do_begin = do_begin  # type: ignore[method-assign, assignment]  # likewise
     dialect.do_rollback_to_savepoint = do_rollback_to_savepoint  # type: ignore[method-assign]  # likewise
+    _renew_if_demoted(dialect, renew)
     _listen(engine, database)
+
+
+def _renew_if_demoted(dialect: Dialect, renew: Callable[[PoolProxiedConnection], None]) -> None:
+    """Call *renew* after the rollback of a transaction that a primary of before has refused."""
+    send_rollback = dialect.do_rollback
+
+    def do_rollback(proxied: PoolProxiedConnection) -> None:
+        send_rollback(proxied)
+        error: DBAPIError | None = _info(proxied).pop(_REFUSED, None)
+        # Not before: PostgreSQL answers no question in a failed transaction.
+        if error is not None and _leads_astray(dialect, proxied):
+            error.connection_invalidated = True
+            renew(proxied)
+
+    dialect.do_rollback = do_rollback  # type: ignore[method-assign, assignment]  # as a subclass would
 
 
 def _listen(engine: Engine, database: str) -> None:

@@ -293,6 +293,8 @@ def let_ride(engine: Engine) -> None:
 
     def connecting(dialect: object, record: object, args: object, kwargs: dict[str, Any]) -> None:
         given = kwargs.get("connection_class", sys.modules["asyncpg"].Connection)
+        if hasattr(given, "riders"):  # SQLAlchemy 2.0 keeps what was set for the last connection
+            return
         if given not in classes:
             classes[given] = _with_riders(given)
         kwargs["connection_class"] = classes[given]

@@ -55,13 +55,8 @@ class TimedCursor:
         try:
             return self._timer.run(work, *args, **kwargs)
         except DeadlineExceeded:  # after which SQLAlchemy closes the connection, and no cursor
-            _leave_unread(self._cursor)
             if self._timer.discard():
                 _close(self._cursor)
-            raise
-        except Exception:
-            if self._timer.is_over:
-                _leave_unread(self._cursor)
             raise
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -90,13 +85,6 @@ def _close(cursor: Any) -> None:
     """Close a cursor whose connection is closed."""
     with suppress(Exception):
         cursor.close()
-
-
-def _leave_unread(cursor: Any) -> None:
-    """Keep pymysql from reading on, over a connection that was cut, when it is collected."""
-    unread: Any = getattr(cursor, "_result", None)
-    if unread is not None and hasattr(unread, "unbuffered_active"):
-        unread.unbuffered_active = False
 
 
 def watch_cursors(connection: Connection, timer: _Timer) -> None:
