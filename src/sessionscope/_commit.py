@@ -122,6 +122,9 @@ def _renew_if_demoted(dialect: Dialect, renew: Callable[[PoolProxiedConnection],
 def _listen(engine: Engine, database: str) -> None:
     """Note what fails on *engine*, and leave nothing of one user to the next."""
     kept = isinstance(engine.pool, StaticPool)  # the connection of a database in memory
+    # SQLAlchemy's adapter leaves a statement open whose rows could not be fetched, and then no
+    # later COMMIT works. To open a file anew costs little.
+    may_be_stuck = engine.dialect.name == "sqlite" and engine.dialect.is_async
 
     def failed(context: ExceptionContext) -> BaseException | None:
         note = _unavailable if context.connection is None else _note_failure
@@ -134,8 +137,10 @@ def _listen(engine: Engine, database: str) -> None:
     def returned(dbapi_connection: object, record: ConnectionPoolEntry) -> None:
         info = record.info
         scope: Scope | None = info.get(UNIT)
-        if scope is not None and scope.timer is not None and scope.timer.release(info) and not kept:
-            record.invalidate()  # a cancellation that is late would hit its next user
+        # A cancellation that is late would hit its next user.
+        is_cut = scope is not None and scope.timer is not None and scope.timer.release(info)
+        if (is_cut or (may_be_stuck and SUSPECT in info)) and not kept:
+            record.invalidate()
         for key in _OF_ONE_USER:
             if key in info:  # a third of the price of pop()
                 del info[key]
