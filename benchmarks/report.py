@@ -1,6 +1,6 @@
-"""Write docs/benchmarks.md and its plots from the JSON of one run; nothing is measured.
+"""Write docs/benchmarks.md and its plots from the JSON of a run; nothing is measured.
 
-`python -m benchmarks.report [FILE]`
+`python -m benchmarks.report [FILE ...]`, of a run that was made in several parts.
 """
 
 import json
@@ -22,8 +22,9 @@ Run = dict[str, Any]
 INTRODUCTION = """\
 # Benchmarks
 
-Everything here comes from one run of `make bench`, which also wrote this page; nothing is typed in.
-Ratios come first, because they carry over to other machines; absolute figures do not.
+Everything here was measured by `make bench`, which also wrote this page; nothing is typed in. What
+ran, when and on what stands at its end. Ratios come first, because they carry over to other
+machines; absolute figures do not.
 
 **Noise.** Each ratio is the median of its rounds with the lowest and the highest beside it
 (min-max): ours and a peer take turns within seconds, so that a drift of the machine hits both
@@ -69,22 +70,25 @@ CAVEATS = """\
 """
 
 
-def write(run: Path, document: Path = DOCUMENT, plots: Path = PLOTS) -> None:
-    """Write the document and the plots of *run*."""
-    content = json.loads(run.read_text())
+def write(*files: Path, document: Path = DOCUMENT, plots: Path = PLOTS) -> None:
+    """Write the document and the plots of the run, or of its parts, in *files*."""
+    parts = [json.loads(file.read_text()) for file in files]
     plots.mkdir(parents=True, exist_ok=True)
-    for report in content["reports"]:
-        for plot in _drawn(report):
-            draw(plot, plots / f"{plot['name']}.svg")
-    document.write_text("\n".join(_document(content, plots.name)).strip() + "\n")
+    for part in parts:
+        for report in part["reports"]:
+            for plot in _drawn(report):
+                draw(plot, plots / f"{plot['name']}.svg")
+    document.write_text("\n".join(_document(parts, plots.name)).strip() + "\n")
 
 
 def _drawn(report: Run) -> list[Any]:
     return [plot for plot in report["plots"] if plot["lines"]]
 
 
-def _document(run: Run, plots: str) -> Iterator[str]:
-    reports = {report["name"].partition(":")[0]: report for report in run["reports"]}
+def _document(parts: Sequence[Run], plots: str) -> Iterator[str]:
+    reports = {
+        report["name"].partition(":")[0]: report for part in parts for report in part["reports"]
+    }
     yield INTRODUCTION
     yield from _ratios(reports)
     if questions := reports.pop("questions", None):
@@ -94,7 +98,8 @@ def _document(run: Run, plots: str) -> Iterator[str]:
     yield METHOD
     yield CAVEATS
     yield "## The run\n"
-    yield from _markdown(["", ""], run["machine"].items())
+    for part in parts:
+        yield from _markdown(["", ""], part["machine"].items())
 
 
 def _ratios(reports: Run) -> Iterator[str]:
@@ -144,4 +149,4 @@ def _escaped(cell: str) -> str:
 
 
 if __name__ == "__main__":
-    write(Path(sys.argv[1]) if len(sys.argv) > 1 else RUN)
+    write(*([Path(name) for name in sys.argv[1:]] or [RUN]))

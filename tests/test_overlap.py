@@ -195,6 +195,8 @@ def test_the_second_of_two_threads_is_refused_and_the_first_goes_on(database: Da
         lambda session: session.merge(Item(id=1, name="merged")),
         lambda session: session.begin_nested(),
         lambda session: session.close(),
+        lambda session: session.reset(),
+        lambda session: session.invalidate(),
         lambda session: session.prepare(),
         lambda session: session.bulk_save_objects([Item(name="bulk")]),
         lambda session: session.bulk_insert_mappings(Item, [{"name": "bulk"}]),

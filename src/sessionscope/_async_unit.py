@@ -8,7 +8,7 @@ and is delivered at the next ``await``: a hook's, if there are any.
 
 import asyncio
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
@@ -37,7 +37,7 @@ async def flush(work: Callable[[], None], undo: Callable[[], None]) -> None:
         raise
 
 
-async def commit(finish: Callable[[], None], run_hooks: Callable[[], bool]) -> None:
+async def commit(finish: Callable[[], None], run_hooks: Callable[[], Awaitable[bool]]) -> None:
     """Call *finish* in a task of its own, and when it has ended *run_hooks* in this one.
 
     A cancellation that ends a hook, of which *run_hooks* tells, cannot undo the outcome.
@@ -48,7 +48,7 @@ async def commit(finish: Callable[[], None], run_hooks: Callable[[], bool]) -> N
     try:
         await _outcome(start(greenlet_spawn(finish), _tasks), task)
     finally:
-        if await greenlet_spawn(run_hooks) and task.cancelling() > cancelled_before:
+        if await run_hooks() and task.cancelling() > cancelled_before:
             _cancel_soon(task)
 
 

@@ -33,9 +33,11 @@ METHODS = (
     "flush",
     "get",
     "get_one",
+    "invalidate",
     "merge",
     "prepare",
     "refresh",
+    "reset",
     "rollback",
     "scalar",
     "scalars",
@@ -58,8 +60,22 @@ def refuse_overlap(factory: sessionmaker[Any], *, is_async: bool) -> None:
     current_user = _current_task_or_thread if is_async else threading.get_ident
     for name in METHODS:
         method = getattr(factory.class_, name)
-        guarded = _on_one_loop(method) if is_async else method
-        setattr(factory.class_, name, _guarded(guarded, current_user))
+        on_loop = _on_one_loop(method) if is_async else method
+        guarded: Any = _guarded(on_loop, current_user)
+        guarded.unguarded = method
+        setattr(factory.class_, name, guarded)
+
+
+def reset(session: Session) -> None:
+    """Reset *session* of a unit that ends, whoever is inside of a call of it."""
+    method: Any = type(session).reset
+    method.unguarded(session)
+
+
+def invalidate(session: Session) -> None:
+    """Invalidate *session* of a unit that ends, whoever is inside of a call of it."""
+    method: Any = type(session).invalidate
+    method.unguarded(session)
 
 
 def leave_to_parent(session: Session) -> None:

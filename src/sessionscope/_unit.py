@@ -297,7 +297,7 @@ class Unit(Generic[SessionT]):
                 undo = partial(Unit.end_all, units, Unit.rollback)
                 await _async_unit.flush(partial(Unit.flush_all, units), undo)
             # Hooks may be slow: in this task, they see when it is cancelled.
-            hooks = partial(Unit._run_hooks, units)
+            hooks = partial(Unit._run_hooks_async, units)
             await _async_unit.commit(partial(Unit._close_all, units, how), hooks)
 
     @staticmethod
@@ -341,6 +341,12 @@ class Unit(Generic[SessionT]):
         if leaving is not None:
             raise leaving
         return cancelled
+
+    @staticmethod
+    async def _run_hooks_async(units: "Collection[Unit[Any]]") -> bool:
+        if any(_hooks.has_hooks(unit._plain) for unit in units):
+            return bool(await greenlet_spawn(Unit._run_hooks, units))
+        return Unit._run_hooks(units)  # without a greenlet, which takes longer than the look
 
     def __enter__(self) -> SessionT:
         if self._given is not None:
@@ -470,7 +476,7 @@ class Unit(Generic[SessionT]):
             return
         try:
             # Not close(): that would make SQLAlchemy's own error hide SessionEnded.
-            session.reset()
+            _overlap.reset(session)
         except IllegalStateChangeError:
             self._reset_once_left(session)
         except Exception:
@@ -484,7 +490,7 @@ class Unit(Generic[SessionT]):
             if _overlap.is_in_use(session):
                 continue
             try:
-                session.reset()
+                _overlap.reset(session)
             except IllegalStateChangeError:
                 continue
             except Exception:
@@ -495,7 +501,7 @@ class Unit(Generic[SessionT]):
     def _throw_away(self, session: Session) -> None:
         self._log_failure("close()")
         with suppress(Exception):
-            session.invalidate()
+            _overlap.invalidate(session)
 
     def _open(self, started: float) -> None:
         self._is_open = True
