@@ -9,7 +9,7 @@ from sqlalchemy import Executable, delete, insert, select, text, update
 from sqlalchemy import exc as sa_exc
 from sqlalchemy.orm import Session
 
-from sessionscope import Database, Unit, _guards
+from sessionscope import Database, Unit, _guards, _overlap
 from sessionscope.exc import ReadOnlyUnit, SessionEnded
 from tests.models import Item, Note, names
 
@@ -411,16 +411,16 @@ def test_closing_waits_for_a_thread_that_is_inside_the_session(
     unit = Unit(database)
     unit.admit()
     unit.session.execute(text("SELECT 1"))
-    reset = unit.session.reset
+    reset = _overlap.reset
     attempts: list[int] = []
 
-    def busy_twice() -> None:
+    def busy_twice(session: Session) -> None:
         attempts.append(1)
         if len(attempts) < 3:
             raise sa_exc.IllegalStateChangeError("in use by another thread")
-        reset()
+        reset(session)
 
-    monkeypatch.setattr(unit.session, "reset", busy_twice)
+    monkeypatch.setattr(_overlap, "reset", busy_twice)
     unit.close()
 
     assert len(attempts) == 3
@@ -436,17 +436,18 @@ def test_closing_never_raises_even_after_an_overlap(
     unit.admit()
     unit.session.add(Item(name="lost"))
     unit.session.flush()
-    reset = unit.session.reset
+    reset = _overlap.reset
     errors = [sa_exc.IllegalStateChangeError("in use"), ValueError("broken")]
 
-    def broken() -> None:
+    def broken(session: Session) -> None:
         if errors:
             raise errors.pop(0)
-        reset()
+        reset(session)
 
-    monkeypatch.setattr(unit.session, "reset", broken)
+    monkeypatch.setattr(_overlap, "reset", broken)
     unit.close()
 
+    assert not errors
     assert database.stats().in_use == 0
     assert names(database) == []
 
