@@ -271,6 +271,57 @@ def test_a_thread_waits_for_nobody_whatever_the_version(tree: Tree, tmp_path: Pa
     assert "which does not wait for it: DetachedInstanceError" in finding.message
 
 
+CRUD = """
+from .database import SessionLocal
+
+def get_user(user_id: int):
+    db = SessionLocal()
+    user = db.query(User).filter(User.id == user_id).first()
+    db.close()
+    return user
+"""
+ENDPOINT = "from fastapi import FastAPI\napp = FastAPI()\n@app.get('/')\ndef read():\n    {}\n"
+
+
+@pytest.mark.parametrize(
+    ("main", "confidences"),
+    [
+        ("", ["medium"]),  # its callers are somewhere else
+        ("from . import crud, database\n" + ENDPOINT.format("return crud.get_user(1)"), ["high"]),
+        (ENDPOINT.format("from .database import SessionLocal"), []),
+        ("from . import crud\n" + ENDPOINT.format("return crud.get_user(1)"), ["medium"]),
+    ],
+    ids=["no application", "called", "never called", "called where nothing is recorded"],
+)
+def test_a_function_that_opens_its_own_session_is_found_where_it_may_be_called(
+    tree: Tree, main: str, confidences: list[str]
+) -> None:
+    """The last application holds nothing to judge: that it has an entry point is not known."""
+    findings = tree(app___database=DATABASE, app___crud=CRUD, app___main=main, only="SES106")
+    assert [finding.confidence for finding in findings] == confidences
+
+
+def test_what_nobody_calls_is_shown_on_request(tmp_path: Path) -> None:
+    (tmp_path / "app.py").write_text(
+        DATABASE + CRUD.replace("from .database import SessionLocal", "") + ENDPOINT.format("...")
+    )
+    config = Config(select=("SES106",), confidence="low")
+    assert [finding.confidence for finding in check_paths([tmp_path], config)] == ["low"]
+    assert check_paths([tmp_path], Config(select=("SES106",))) == []
+
+
+def test_a_call_in_a_file_with_nothing_to_judge_may_be_one(tree: Tree) -> None:
+    """Its imports alone are recorded."""
+    findings = tree(
+        app___database=DATABASE,
+        app___crud=CRUD,
+        app___service="from .crud import get_user\ndef work():\n    return get_user(1)\n",
+        app___main=ENDPOINT.format("from .database import SessionLocal"),
+        only="SES106",
+    )
+    assert [finding.confidence for finding in findings] == ["medium"]
+
+
 def test_the_same_url_in_two_files_is_two_pools(tree: Tree) -> None:
     url = "from app.settings import settings\nfrom sqlalchemy import create_engine\n"
     findings = tree(
