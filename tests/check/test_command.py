@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -37,6 +38,7 @@ def wait(db: Session):
     db.execute("SELECT 1")
     time.sleep(1)
 """
+TABLE = "[tool.sessionscope.check]\n"
 SCHEMA = Path(__file__).parent / "sarif-2.1.0-rtm.5.json"
 
 Command = Callable[..., tuple[int, str, str]]
@@ -146,6 +148,21 @@ def test_a_generated_file_of_ten_megabytes_is_checked(folder: Path, command: Com
     assert command("check", ".")[:2] == (0, "No findings in 1 file.\n")
 
 
+def test_a_working_directory_that_is_a_package_is_checked(folder: Path, command: Command) -> None:
+    """With an ``__init__.py`` of its own, and imports of what is not there."""
+    (folder / "__init__.py").write_text("")
+    (folder / "database.py").write_text(LEAK)
+    (folder / "views.py").write_text(
+        "import elsewhere.settings\nfrom database import SessionLocal\n"
+        "async def read():\n    elsewhere.settings.load(session)\n"
+        "    with SessionLocal() as db:\n        return db.execute('SELECT 1')\n"
+    )
+    code, out, _ = command("check", ".")
+    assert code == 1
+    assert "database.py:9:10: SES102" in out
+    assert "views.py:6:16: SES205" in out
+
+
 def test_links_in_circles_are_not_followed(folder: Path, command: Command) -> None:
     (folder / "app.py").write_text(LEAK)
     (folder / "self").symlink_to(folder, target_is_directory=True)
@@ -171,10 +188,27 @@ def test_what_cannot_be_checked_is_told_with_the_providers(folder: Path, command
 
 
 def test_what_is_no_file_is_not_waited_for(folder: Path, command: Command) -> None:
-    """A pipe called ``x.py`` would never end."""
+    """A pipe called ``x.py`` would never end, nor one behind a link."""
     os.mkfifo(folder / "pipe.py")
     (folder / "folder.py").mkdir()
-    assert command("check", ".")[1].startswith("Nothing was checked")
+    (folder / "link.py").symlink_to(folder / "pipe.py")
+    assert command("check", ".")[:2] == (0, "Nothing was checked: no Python file was found.\n")
+
+
+def test_a_pipe_a_device_or_a_socket_by_its_name_is_one_line(
+    folder: Path, command: Command
+) -> None:
+    (folder / "app.py").write_text(LEAK)
+    os.mkfifo(folder / "pipe.py")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind("socket.py")
+        code, out, _ = command("check", "pipe.py", "socket.py", "/dev/zero", "app.py")
+    assert code == 2
+    assert "SES102" in out
+    assert [line for line in out.splitlines() if "neither" in line] == [
+        f"{name}:1: is neither a file nor a folder"
+        for name in ("pipe.py", "socket.py", "/dev/zero")
+    ]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root can read everything")
@@ -324,10 +358,77 @@ def test_the_settings_of_pyproject_apply(folder: Path, command: Command) -> None
     assert command("check", "--select", "SES102", ".")[0] == 1
 
 
+def test_the_settings_are_those_of_the_path_not_of_the_working_directory(
+    folder: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The nearest pyproject.toml above the path that has any; patterns are relative to it."""
+    (folder / "pyproject.toml").write_text(f"{TABLE}ignore = ['SES1']\n")
+    shop = folder / "shop"
+    (shop / "app" / "jobs").mkdir(parents=True)
+    (shop / "app" / "jobs" / "leak.py").write_text(LEAK)
+    (shop / "app" / "leak.py").write_text(LEAK)
+    assert command("check", "shop")[0] == 0
+    (shop / "pyproject.toml").write_text("[project]\nname = 'shop'\n")
+    assert command("check", "shop")[0] == 0
+    (shop / "pyproject.toml").write_text(
+        f"{TABLE}exclude = ['app/jobs']\nper-file-ignores = {{'app/leak.py' = ['SES105']}}\n"
+    )
+    assert command("check", "shop")[1].endswith("1 finding in 1 file.\n")
+    assert command("check", "shop/app/leak.py")[0] == 1
+    monkeypatch.chdir(shop / "app")
+    code, out, err = command("check", ".")
+    assert (code, err) == (1, "")
+    assert out.startswith("leak.py:9:10: SES102")
+    (shop / "pyproject.toml").write_text(
+        f"{TABLE}per-file-ignores = {{'app/leak.py' = ['SES102'], 'app/jobs' = ['SES102']}}\n"
+    )
+    assert command("check", ".")[0] == 0
+
+
+def test_projects_are_checked_each_by_itself_and_that_is_told(
+    folder: Path, command: Command
+) -> None:
+    """What one ignores fails in the other, nothing is found twice, and JSON stays JSON."""
+    for name, ignored in (("bank", "SES102"), ("shop", "SES105")):
+        (folder / name).mkdir()
+        (folder / name / "pyproject.toml").write_text(f"{TABLE}ignore = ['{ignored}']\n")
+        (folder / name / "leak.py").write_text(LEAK)
+    (folder / "script.py").write_text(LEAK)
+    code, out, err = command("check", "--format", "json", ".", "bank", "shop")
+    assert code == 1
+    assert [finding["path"] for finding in json.loads(out)] == ["script.py", "shop/leak.py"]
+    assert err == (
+        "sessionscope: 3 projects, each checked by itself, with the settings of "
+        "bank/pyproject.toml, shop/pyproject.toml, the defaults\n"
+    )
+    code, out, err = command("check", "--ignore", "SES1", "bank", "shop")
+    assert (code, out) == (0, "No findings in 2 files.\n")
+    _, out, _ = command("check", "--providers", "bank", "shop")
+    assert [line.partition(":")[0] for line in out.splitlines() if "owner" in line] == [
+        "bank/leak.py",
+        "shop/leak.py",
+    ]
+    assert command("check", "bank") == (0, "No findings in 1 file.\n", "")
+
+
+def test_two_paths_of_one_project_are_checked_together(folder: Path, command: Command) -> None:
+    (folder / "pyproject.toml").write_text(TABLE)
+    (folder / "app").mkdir()
+    (folder / "database.py").write_text(LEAK)
+    (folder / "app" / "views.py").write_text(
+        "from database import SessionLocal\n"
+        "async def read():\n    with SessionLocal() as db:\n        return db.execute('SELECT 1')\n"
+    )
+    code, out, err = command("check", "--select", "SES205", "app", "database.py")
+    assert (code, err) == (1, "")
+    assert out.startswith("app/views.py:4:16: SES205")
+
+
 @pytest.mark.parametrize(
     "settings",
     [
         "colour = 'red'",
+        "folder = 'app'",
         "ignore = 'SES102'",
         "ignore = ['SES999']",
         "confidence = 'great'",
@@ -354,7 +455,7 @@ def test_the_settings_of_the_guide_are_known(folder: Path, command: Command) -> 
     guide = (Path(__file__).parents[2] / "docs" / "how-to" / "check-sources.md").read_text()
     shown = guide.partition("```toml\n")[2].partition("```")[0]
     assert [line.split(" = ")[0] for line in shown.splitlines()[1:]] == [
-        field.name.replace("_", "-") for field in fields(Config)
+        field.name.replace("_", "-") for field in fields(Config) if field.name != "folder"
     ]
     (folder / "pyproject.toml").write_text(shown)
     (folder / "app.py").write_text(LEAK)

@@ -2,12 +2,17 @@
 
 import ast
 import difflib
+import os
+import stat
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from sessionscope import _cli
-from sessionscope.check import Config, check_source
+from sessionscope.check import Config, Finding, check_source
 from sessionscope.check._fix import mend
 from sessionscope.check._registry import RULES
 
@@ -255,17 +260,112 @@ async def read(db: Session):
     assert mended(source, "SES205") == source
 
 
-def test_a_file_that_cannot_be_written_is_told(
+def test_a_file_that_is_gone_when_its_fix_is_made_is_told(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By root, too: the file is gone when the fix comes to it."""
+    for name in ("app.py", "other.py"):
+        (folder / name).write_text(PROVIDER)
+    meanwhile(monkeypatch, (folder / "app.py").unlink)
+    assert _cli.main(["check", "--fix", "."]) == 2
+    told = capsys.readouterr()
+    assert "app.py:1: cannot be mended: No such file or directory\n" in told.out
+    assert told.err == "Fixed 1 finding.\n"  # the other one
+    assert "finally" in (folder / "other.py").read_text()
+
+
+def test_a_file_that_has_changed_since_it_was_checked_is_not_overwritten(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither by a fix for what it was, nor by one for a place that has moved."""
     file = folder / "app.py"
     file.write_text(PROVIDER)
-    assert _cli.main(["check", "app.py"]) == 1  # answered by the cache from here on
-    monkeypatch.setattr("sessionscope.check._fix.apply", _vanish)
+    meanwhile(monkeypatch, lambda: file.write_text(PROVIDER + "y = 3\n"))
+    assert _cli.main(["check", "--fix", "."]) == 2
+    told = capsys.readouterr()
+    assert file.read_text() == PROVIDER + "y = 3\n"
+    assert "app.py:1: has changed since it was checked and is not mended" in told.out
+    assert told.err == "Fixed 0 findings.\n"
+    assert left_in(folder) == ["app.py"]
+
+
+def test_a_disk_that_fills_up_leaves_the_file_as_it_was(folder: Path) -> None:
+    """The limit stands for it: the system refuses to write more than a part of the file."""
+    file = folder / "app.py"
+    source = PROVIDER + "# filler\n" * 1000
+    file.write_text(source)
+    script = (
+        f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({len(source) // 2},) * 2)\n"
+        "from sessionscope._cli import main\n"
+        "raise SystemExit(main(['check', '--no-cache', '--fix', 'app.py']))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-B", "-c", script],  # or what Python compiles would be cut off, too
+        env={"PYTHONPATH": str(Path(_cli.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "app.py:1: cannot be mended: File too large\n" in done.stdout
+    assert file.read_text() == source
+    assert left_in(folder) == ["app.py"]
+
+
+def test_a_process_that_is_stopped_while_it_writes_leaves_the_file_as_it_was(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All is written, and nothing has come to its place yet."""
+    file = folder / "app.py"
+    file.write_text(PROVIDER)
+    monkeypatch.setattr(os, "fsync", stop)
+    assert _cli.main(["check", "--fix", "app.py"]) == 130
+    assert file.read_text() == PROVIDER
+    assert left_in(folder) == ["app.py"]
+
+
+def stop(_: int) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_mended_file_keeps_its_mode_and_a_link_stays_a_link(folder: Path) -> None:
+    (folder / "real").mkdir()
+    file = folder / "real" / "database.py"
+    file.write_text(PROVIDER)
+    file.chmod(0o750)
+    link = folder / "app.py"
+    link.symlink_to(Path("real") / "database.py")
+    assert _cli.main(["check", "--fix", "app.py"]) == 0
+    assert link.readlink() == Path("real") / "database.py"
+    assert "finally" in file.read_text()
+    assert stat.S_IMODE(file.stat().st_mode) == 0o750
+    assert left_in(folder / "real") == ["database.py"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root can write everything")
+def test_a_file_that_may_not_be_written_is_left_alone(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Although its folder would let us put another file in its place."""
+    file = folder / "app.py"
+    file.write_text(PROVIDER)
+    file.chmod(0o444)
     assert _cli.main(["check", "--fix", "app.py"]) == 2
-    assert "cannot be mended: No such file or directory" in capsys.readouterr().out
+    assert "app.py:1: cannot be mended: Permission denied\n" in capsys.readouterr().out
+    assert file.read_text() == PROVIDER
 
 
-def _vanish(*_: object, **__: object) -> int:
-    return len(Path("nowhere.py").read_bytes())
+def meanwhile(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
+    """Let *act* happen once, after the check and before the first file is written."""
+    acts = [act]
+
+    def mend_after(source: bytes, path: str, finding: Finding) -> bytes:
+        while acts:
+            acts.pop()()
+        return mend(source, path, finding)
+
+    monkeypatch.setattr("sessionscope.check._fix.mend", mend_after)
+
+
+def left_in(folder: Path) -> list[str]:
+    """Return what lies in *folder*, but for the cache."""
+    return sorted(path.name for path in folder.iterdir() if path.name != ".sessionscope_cache")

@@ -3,9 +3,11 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import fastapi
 import pytest
 
-from sessionscope.check import Config, Finding, check_paths
+from sessionscope.check import Config, Finding, check_paths, check_source
+from sessionscope.check._versions import Version, fastapi_version
 
 Tree = Callable[..., list[Finding]]
 
@@ -184,6 +186,140 @@ def test_a_lock_file_comes_before_requirements(tree: Tree, tmp_path: Path) -> No
     (tmp_path / "requirements.txt").write_text("fastapi==0.121.0\n")
     (tmp_path / "uv.lock").write_text('[[package]]\nname = "fastapi"\nversion = "0.110.0"\n')
     assert tree(app=COMMITS_LATE, only="SES206") == []
+
+
+@pytest.mark.parametrize(
+    ("project", "version"),
+    [
+        ('dependencies = ["sqlalchemy", "fastapi==0.110.0"]\n', (0, 110, 0)),
+        ('dependencies = [\n    "fastapi[standard]~=0.117.1",\n]\n', (0, 117, 1)),
+        ('fastapi = "^0.110.0"\n', (0, 110, 0)),
+        ('fastapi = {version = "0.105.0", extras = ["all"]}\n', (0, 105, 0)),
+        ('fastapi = ">=0.100,<0.118"\n', (0, 117)),
+        ('dependencies = ["fastapi>=0.100,<0.106", "sqlalchemy<3"]\n', (0, 105)),
+    ],
+)
+def test_the_project_names_its_version_of_fastapi(
+    tmp_path: Path, project: str, version: tuple[int, ...]
+) -> None:
+    (tmp_path / "pyproject.toml").write_text(f"[project]\n{project}")
+    assert fastapi_version(tmp_path) == Version(version)
+
+
+@pytest.mark.parametrize(
+    "line", ["fastapi-users<13", 'x = ["fastapi", "sqlalchemy<3"]', "fastapi; python_version<'4'"]
+)
+def test_what_is_said_of_others_is_not_said_of_fastapi(tmp_path: Path, line: str) -> None:
+    (tmp_path / "requirements.txt").write_text(f"{line}\n")
+    installed = fastapi_version(tmp_path)
+    assert str(installed) == fastapi.__version__
+    assert installed is not None
+    assert not installed.is_named
+
+
+HANDS_OVER = DATABASE + (
+    "from fastapi import BackgroundTasks, Depends, FastAPI\napp = FastAPI()\n"
+    "@app.post('/session')\n"
+    "def hand(tasks: BackgroundTasks, db=Depends(get_db)):\n    tasks.add_task(print, db)\n"
+    "@app.post('/object')\n"
+    "def order(tasks: BackgroundTasks, db=Depends(get_db)):\n"
+    "    row = db.get(Order, 1)\n    tasks.add_task(print, row)\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("version", "text", "objects"),
+    [
+        ("0.105.0", "which FastAPI 0.105.0 ends after the task: its connection is missing", 0),
+        ("0.106.0", "which ends first: DetachedInstanceError", 1),
+        ("0.117.1", "which ends first: DetachedInstanceError", 1),
+        ("0.118.0", "which FastAPI 0.118.0 ends after the task: its connection is missing", 0),
+    ],
+)
+def test_the_version_of_fastapi_decides_what_a_background_task_finds(
+    tree: Tree, tmp_path: Path, version: str, text: str, objects: int
+) -> None:
+    """A session that is open, or one that has ended; only the latter's objects are in danger."""
+    (tmp_path / "requirements.txt").write_text(f"fastapi=={version}\n")
+    session, *others = tree(app=HANDS_OVER, only="SES202")
+    assert text in session.message
+    assert [("`row`" in other.message) for other in others] == [True] * objects
+    (tmp_path / "app.py").unlink()
+    scoped = HANDS_OVER.replace("(get_db)", "(get_db, scope='function')")
+    session, *others = tree(app=scoped, only="SES202")
+    assert "which ends first: DetachedInstanceError" in session.message
+    assert len(others) == 1
+
+
+def test_where_no_version_of_fastapi_is_named_both_ends_are_told(tree: Tree) -> None:
+    """The one that is installed here need not be that of the project."""
+    config = Config(select=("SES202",))
+    for findings in (tree(app=HANDS_OVER, only="SES202"), check_source(HANDS_OVER, config=config)):
+        message = findings[0].message
+        assert "which ends first (DetachedInstanceError, or" in message
+        assert "or after the task: then its connection is missing" in message
+
+
+def test_a_thread_waits_for_nobody_whatever_the_version(tree: Tree, tmp_path: Path) -> None:
+    (tmp_path / "requirements.txt").write_text("fastapi==0.118.0\n")
+    (finding,) = tree(
+        app=DATABASE
+        + "from threading import Thread\nfrom fastapi import Depends\n"
+        + "def hand(db=Depends(get_db)):\n    Thread(target=print, args=(db,)).start()\n",
+        only="SES202",
+    )
+    assert "which does not wait for it: DetachedInstanceError" in finding.message
+
+
+CRUD = """
+from .database import SessionLocal
+
+def get_user(user_id: int):
+    db = SessionLocal()
+    user = db.query(User).filter(User.id == user_id).first()
+    db.close()
+    return user
+"""
+ENDPOINT = "from fastapi import FastAPI\napp = FastAPI()\n@app.get('/')\ndef read():\n    {}\n"
+
+
+@pytest.mark.parametrize(
+    ("main", "confidences"),
+    [
+        ("", ["medium"]),  # its callers are somewhere else
+        ("from . import crud, database\n" + ENDPOINT.format("return crud.get_user(1)"), ["high"]),
+        (ENDPOINT.format("from .database import SessionLocal"), []),
+        ("from . import crud\n" + ENDPOINT.format("return crud.get_user(1)"), ["medium"]),
+    ],
+    ids=["no application", "called", "never called", "called where nothing is recorded"],
+)
+def test_a_function_that_opens_its_own_session_is_found_where_it_may_be_called(
+    tree: Tree, main: str, confidences: list[str]
+) -> None:
+    """The last application holds nothing to judge: that it has an entry point is not known."""
+    findings = tree(app___database=DATABASE, app___crud=CRUD, app___main=main, only="SES106")
+    assert [finding.confidence for finding in findings] == confidences
+
+
+def test_what_nobody_calls_is_shown_on_request(tmp_path: Path) -> None:
+    (tmp_path / "app.py").write_text(
+        DATABASE + CRUD.replace("from .database import SessionLocal", "") + ENDPOINT.format("...")
+    )
+    config = Config(select=("SES106",), confidence="low")
+    assert [finding.confidence for finding in check_paths([tmp_path], config)] == ["low"]
+    assert check_paths([tmp_path], Config(select=("SES106",))) == []
+
+
+def test_a_call_in_a_file_with_nothing_to_judge_may_be_one(tree: Tree) -> None:
+    """Its imports alone are recorded."""
+    findings = tree(
+        app___database=DATABASE,
+        app___crud=CRUD,
+        app___service="from .crud import get_user\ndef work():\n    return get_user(1)\n",
+        app___main=ENDPOINT.format("from .database import SessionLocal"),
+        only="SES106",
+    )
+    assert [finding.confidence for finding in findings] == ["medium"]
 
 
 def test_the_same_url_in_two_files_is_two_pools(tree: Tree) -> None:

@@ -11,14 +11,17 @@ from sessionscope.check import Config, Finding, check_source
 from sessionscope.check._registry import RULES
 
 FIXTURES = Path(__file__).parent / "fixtures"
-BAD = re.compile(r"# BAD (?P<column>\d+)(?:\+(?P<lines>\d+))?: (?P<message>.*)$")
+BAD = re.compile(
+    r"# BAD (?P<column>\d+)(?:\+(?P<lines>\d+))?(?: (?P<confidence>\w+))?: (?P<message>.*)$"
+)
 
 
 class Expected(NamedTuple):
-    """What a marked line says: ``# BAD column+lines: part of the message``."""
+    """What a marked line says: ``# BAD column+lines confidence: part of the message``."""
 
     column: int
     lines: int
+    confidence: str | None
     message: str
 
 
@@ -46,20 +49,29 @@ def expected(code: str) -> dict[int, Expected]:
     for number, line in enumerate((FIXTURES / f"{code}.py").read_text().splitlines(), 1):
         mark = BAD.search(line)
         if mark is not None:
-            marked[number] = Expected(int(mark["column"]), int(mark["lines"] or 0), mark["message"])
+            column, lines = int(mark["column"]), int(mark["lines"] or 0)
+            marked[number] = Expected(column, lines, mark["confidence"], mark["message"])
     return marked
 
 
 @pytest.mark.parametrize("code", RULES)
 def test_a_rule_finds_the_marked_lines_and_no_others(code: str) -> None:
-    """The place, the span and the message are those of the mark."""
+    """The place, the span, the message, and the confidence where one is told, are the mark's."""
     findings, marks = found(code), expected(code)
     assert sorted(findings) == sorted(marks)
     for line, mark in marks.items():
         finding = findings[line]
         assert (finding.column, finding.end_line - line) == (mark.column, mark.lines)
         assert mark.message in finding.message
+        assert mark.confidence in {None, finding.confidence}
         assert (finding.code, finding.name) == (code, RULES[code].name)
+
+
+@pytest.mark.parametrize("code", ["SES106", "SES206"])
+def test_a_rule_that_is_not_always_sure_tells_how_sure_it_is(code: str) -> None:
+    """Each mark of its fixture names a confidence, and there are different ones."""
+    confidences = {mark.confidence for mark in expected(code).values()}
+    assert confidences == {"high", "medium"}
 
 
 @pytest.mark.parametrize("code", RULES)

@@ -2,10 +2,9 @@
 
 import os
 from collections.abc import Iterable
-from pathlib import Path
 
 from sessionscope.check._config import Config
-from sessionscope.check._files import Problem, discover
+from sessionscope.check._files import Problem, discover, folder_of
 from sessionscope.check._finding import Finding
 from sessionscope.check._run import run, run_source
 from sessionscope.check._versions import fastapi_version
@@ -22,8 +21,8 @@ def check_paths(
     config = config or Config()
     problems: list[Problem] = []
     given = list(paths)
-    files = discover(given, config.exclude, problems)
-    folder = Path(os.path.realpath(given[0] if given else "."))
+    files = discover(given, config.exclude, problems, config.folder)
+    folder = folder_of(given[0] if given else ".")
     return run(files, config, fastapi_version(folder)).findings
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sessionscope.check._config import Config
-from sessionscope.check._files import Problem, SourceFile
+from sessionscope.check._files import Problem, SourceFile, stamp
 from sessionscope.check._finding import Evidence, Finding, Report
 from sessionscope.check._versions import Version
 
@@ -62,20 +62,11 @@ class Cache:
 def _key(files: Iterable[SourceFile], config: Config, version: Version | None) -> str:
     digest = hashlib.sha256(repr((config, version)).encode())
     for path in sorted(Path(__file__).parent.rglob("*.py")):
-        digest.update(_stamp(path))
+        digest.update(stamp(path))
     for file in files:
         digest.update(repr((file.path, file.local)).encode())
-        digest.update(_stamp(file.full))
+        digest.update(stamp(file.full))
     return digest.hexdigest()
-
-
-def _stamp(path: str | Path) -> bytes:
-    try:
-        found = os.stat(path)  # noqa: PTH116 - thousands of times
-    except OSError:
-        return b"?"
-    # st_ctime_ns: whether a file may be read changes no other time.
-    return f"{found.st_mtime_ns} {found.st_ctime_ns} {found.st_size} {found.st_ino};".encode()
 
 
 def _report(data: dict[str, Any]) -> Report:

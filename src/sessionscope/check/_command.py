@@ -2,13 +2,12 @@
 
 import argparse
 import gc
-import os
 import sys
 from collections.abc import Iterable
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sessionscope.check import _registry
 from sessionscope.check._cache import Cache
@@ -17,15 +16,31 @@ from sessionscope.check._config import (
     UNUSED_NOQA_PAGE,
     Config,
     UsageError,
+    by_project,
     checked,
-    load,
 )
-from sessionscope.check._files import Problem, SourceFile, discover
+from sessionscope.check._files import (
+    Problem,
+    SourceFile,
+    absolute,
+    discover,
+    folder_of,
+    shown_from,
+    stamp,
+)
 from sessionscope.check._finding import CONFIDENCES, Report
 from sessionscope.check._report import as_json, github, statistics, text
 from sessionscope.check._versions import Version, fastapi_version
 
 CLEAN, FOUND, UNUSABLE = 0, 1, 2
+
+
+class Batch(NamedTuple):
+    """What is checked together: the files of one project, its settings, its FastAPI."""
+
+    files: list[SourceFile]
+    config: Config
+    framework: Version | None
 
 
 def add_check(parser: argparse.ArgumentParser) -> None:
@@ -80,24 +95,25 @@ def check(arguments: argparse.Namespace) -> int:
     """Check files and print what was found."""
     # The process ends soon: collecting garbage would only cost time.
     gc.disable()
+    problems: list[Problem] = []
     try:
-        config = _configured(arguments)
+        batches = _batches(arguments, problems)
     except UsageError as error:
         return _unusable(str(error))
-    problems: list[Problem] = []
-    files = discover(arguments.paths, config.exclude, problems)
-    framework = fastapi_version(_folder(arguments.paths))
     if arguments.providers:
-        return _print_providers(files, config, framework, problems)
-    report = _report(files, config, framework, cached=not arguments.no_cache)
-    if arguments.fix:
-        report = _fixed(report, files, config, framework, unsafe=arguments.unsafe_fixes)
-    report.problems[:0] = problems
+        return _print_providers(batches, problems)
+    reports = [_checked(batch, arguments) for batch in batches]
+    report = _joined(problems, reports)
     _print(report, arguments)
     gc.freeze()
     if report.problems:
         return UNUSABLE
-    return FOUND if any(config.fails(finding) for finding in report.findings) else CLEAN
+    failed = any(
+        batch.config.fails(finding)
+        for batch, found in zip(batches, reports, strict=True)
+        for finding in found.findings
+    )
+    return FOUND if failed else CLEAN
 
 
 def _unusable(message: str) -> int:
@@ -105,10 +121,28 @@ def _unusable(message: str) -> int:
     return UNUSABLE
 
 
-def _configured(arguments: argparse.Namespace) -> Config:
+def _batches(arguments: argparse.Namespace, problems: list[Problem]) -> list[Batch]:
     if arguments.unsafe_fixes and not arguments.fix:
         raise UsageError("--unsafe-fixes changes nothing by itself: write --fix --unsafe-fixes")
-    config = load(Path.cwd())
+    batches: list[Batch] = []
+    inner: list[Path] = []
+    for settings, paths in by_project(arguments.paths):
+        config = _overridden(settings, arguments)
+        files = discover(paths, config.exclude, problems, config.folder)
+        # `check . plugin`: what lies in a project of its own is not checked twice.
+        files = [file for file in files if not _is_in(file, inner)]
+        inner += [absolute(path) for path in paths]
+        batches.append(Batch(files, config, fastapi_version(folder_of(paths[0]))))
+    if len(batches) > 1:
+        _tell_apart(batches)
+    return batches
+
+
+def _is_in(file: SourceFile, folders: list[Path]) -> bool:
+    return any(absolute(file.path).is_relative_to(folder) for folder in folders)
+
+
+def _overridden(config: Config, arguments: argparse.Namespace) -> Config:
     if arguments.select is not None:
         config = replace(config, select=checked(arguments.select.split(",")))
     if arguments.ignore is not None:
@@ -118,26 +152,49 @@ def _configured(arguments: argparse.Namespace) -> Config:
     return config
 
 
-def _folder(paths: Iterable[str]) -> Path:
-    first = Path(os.path.realpath(next(iter(paths))))  # resolve() raises on a circle of links
-    return first if first.is_dir() else first.parent
+def _tell_apart(batches: list[Batch]) -> None:
+    folders = [batch.config.folder for batch in batches]
+    names = [shown_from(f / "pyproject.toml") if f else "the defaults" for f in folders]
+    print(
+        f"sessionscope: {len(batches)} projects, each checked by itself, with the settings of "
+        + ", ".join(names),
+        file=sys.stderr,
+    )
 
 
-def _report(
-    files: list[SourceFile], config: Config, framework: Version | None, *, cached: bool
-) -> Report:
+def _checked(batch: Batch, arguments: argparse.Namespace) -> Report:
+    # Before they are read: whatever changes later is not overwritten.
+    stamps = {file.path: stamp(file.full) for file in batch.files} if arguments.fix else {}
+    report = _report(batch, cached=not arguments.no_cache)
+    if arguments.fix:
+        report = _fixed(report, batch, stamps, unsafe=arguments.unsafe_fixes)
+    return report
+
+
+def _joined(problems: list[Problem], reports: list[Report]) -> Report:
+    joined = Report(problems=list(problems))
+    for report in reports:
+        joined.findings += report.findings
+        joined.problems += report.problems
+        joined.files += report.files
+        joined.lines += report.lines
+    joined.findings.sort(key=lambda f: (f.path, f.line, f.column, f.code))
+    return joined
+
+
+def _report(batch: Batch, *, cached: bool) -> Report:
     if not cached:
-        return _run(files, config, framework)
-    cache = Cache(files, config, framework)
+        return _run(batch)
+    cache = Cache(batch.files, batch.config, batch.framework)
     report = cache.load()
     if report is None:
-        report = _run(files, config, framework)
+        report = _run(batch)
         cache.store(report)
     return report
 
 
-def _run(files: list[SourceFile], config: Config, framework: Version | None) -> Report:
-    report: Report = _loaded("_run").run(files, config, framework)
+def _run(batch: Batch) -> Report:
+    report: Report = _loaded("_run").run(batch.files, batch.config, batch.framework)
     return report
 
 
@@ -146,28 +203,20 @@ def _loaded(name: str) -> Any:
     return import_module(f"sessionscope.check.{name}")
 
 
-def _print_providers(
-    files: list[SourceFile], config: Config, framework: Version | None, problems: list[Problem]
-) -> int:
+def _print_providers(batches: list[Batch], problems: list[Problem]) -> int:
     running = _loaded("_run")
     with running.quietly():
-        project = running.Project(config, framework)
-        project.read(files)
-        for line in _loaded("_providers").describe(project.model()):
-            print(line)
-    problems += project.report.problems
+        for batch in batches:
+            project = running.Project(batch.config, batch.framework)
+            project.read(batch.files)
+            for line in _loaded("_providers").describe(project.model()):
+                print(line)
+            problems += project.report.problems
     _warn(problems)
     return UNUSABLE if problems else CLEAN
 
 
-def _fixed(
-    report: Report,
-    files: list[SourceFile],
-    config: Config,
-    framework: Version | None,
-    *,
-    unsafe: bool,
-) -> Report:
+def _fixed(report: Report, batch: Batch, stamps: dict[str, bytes], *, unsafe: bool) -> Report:
     try:
         fix = _loaded("_fix")
     except ModuleNotFoundError as error:
@@ -175,18 +224,13 @@ def _fixed(
             raise
         print('Fixes need LibCST: pip install "sessionscope[codemod]"', file=sys.stderr)
         return report
-    try:
-        number = fix.apply(
-            report.findings, {file.path: Path(file.full) for file in files}, unsafe=unsafe
-        )
-    except OSError as error:
-        report = _run(files, config, framework)  # others may be mended already
-        report.problems.append(
-            Problem(str(error.filename), 1, f"cannot be mended: {error.strerror}")
-        )
-        return report
+    files = {f.path: fix.Checked(Path(f.full), stamps[f.path]) for f in batch.files}
+    number, problems = fix.apply(report.findings, files, unsafe=unsafe)
     print(f"Fixed {number} finding{'' if number == 1 else 's'}.", file=sys.stderr)
-    return _run(files, config, framework) if number else report
+    if number:
+        report = _run(batch)
+    report.problems += problems
+    return report
 
 
 def _print(report: Report, arguments: argparse.Namespace) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from sessionscope.check import _registry
-from sessionscope.check._files import matches
+from sessionscope.check._files import folder_of, matches, shown_from
 from sessionscope.check._finding import CONFIDENCES, Confidence, Finding
 
 UNUSED_NOQA = "SES100"
@@ -35,6 +35,8 @@ class Config:
     providers: tuple[str, ...] = ()
     blocking_calls: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    # What the patterns are relative to, and no setting itself; None: the working directory.
+    folder: Path | None = None
 
     def codes(self) -> list[str]:
         """Return the codes of the rules to apply."""
@@ -55,7 +57,8 @@ class Config:
         if CONFIDENCES.index(finding.confidence) < CONFIDENCES.index(asked):
             return False
         return not any(
-            matches(finding.path, pattern) and _meant(finding.code, codes)
+            _meant(finding.code, codes)
+            and matches(shown_from(Path(finding.path), self.folder), pattern)
             for pattern, codes in self.per_file_ignores
         )
 
@@ -84,22 +87,39 @@ def checked(codes: Iterable[str]) -> tuple[str, ...]:
     return found
 
 
+def by_project(paths: Iterable[str]) -> list[tuple[Config, list[str]]]:
+    """Return the settings that apply to *paths*, each with its paths, inner projects first."""
+    known: dict[Path, Config] = {}
+    projects: dict[Path | None, tuple[Config, list[str]]] = {}
+    for path in paths:
+        start = folder_of(path)
+        config = known.get(start) or known.setdefault(start, load(start))
+        projects.setdefault(config.folder, (config, []))[1].append(path)
+    return sorted(projects.values(), key=lambda item: -_depth(item[0].folder))
+
+
+def _depth(folder: Path | None) -> int:
+    return len(folder.parts) if folder is not None else 0
+
+
 def load(folder: Path) -> Config:
-    """Return the settings of the nearest pyproject.toml at or above *folder*."""
+    """Return the settings of the nearest pyproject.toml at or above *folder* that holds any."""
     for place in (folder, *folder.parents):
         file = place / "pyproject.toml"
-        if file.is_file():
-            return _from_table(_table(file), file)
+        if file.is_file() and (table := _table(file)) is not None:
+            return replace(_from_table(table, file), folder=place)
     return Config()
 
 
-def _table(file: Path) -> dict[str, Any]:
+def _table(file: Path) -> dict[str, Any] | None:
     try:
         table = tomllib.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UsageError(f"{file}: {error}") from error
     for key in ("tool", "sessionscope", "check"):
-        inner = table.get(key, {})
+        if key not in table:
+            return None
+        inner = table[key]
         if not isinstance(inner, dict):
             raise UsageError(f"{file}: [tool.sessionscope.check] must be a table")
         table = cast("dict[str, Any]", inner)
@@ -108,7 +128,7 @@ def _table(file: Path) -> dict[str, Any]:
 
 def _from_table(table: dict[str, Any], file: Path) -> Config:
     config = Config()
-    known = {field.name.replace("_", "-") for field in fields(Config)}
+    known = {field.name.replace("_", "-") for field in fields(Config)} - {"folder"}
     for key, value in table.items():
         if key not in known:
             raise UsageError(

@@ -6,6 +6,7 @@ Nobody who calls them holds a session, so that nobody can hand them one.
 import ast
 import builtins
 
+from sessionscope.check._background import CALLS, handed_over
 from sessionscope.check._facts import Scope, dotted, last_name, words
 from sessionscope.check._model import Model
 
@@ -17,8 +18,10 @@ _PLAIN = words(
 # Calls that start a coroutine for itself.
 _RUNNERS = words(
     "run run_until_complete create_task ensure_future run_coroutine_threadsafe start_soon spawn "
-    "async_to_sync run_async"
+    "async_to_sync run_async gather"
 )
+_STARTERS = frozenset({"create_task", "ensure_future", "start_soon", "run_coroutine_threadsafe"})
+_ENTRIES = frozenset({"endpoint", "task", "command"})
 # Libraries whose decorators wrap a function and leave its callers as they are.
 _WRAPPERS = words(
     "functools contextlib typing typing_extensions abc builtins warnings dataclasses tenacity "
@@ -63,7 +66,7 @@ def _declares(model: Model, owner: Scope, name: str, depth: int) -> bool:
 
 
 def is_callback(model: Model, function: Scope) -> bool:
-    """Return whether *function* itself is an argument of a call: a thread's, a scheduler's."""
+    """Return whether *function* itself is handed on: to a thread, in a table, as a result."""
     for scope, node in model.handed.get(function.name, ()):
         found = model.value(node, scope)
         if found is not None and found.target is function:
@@ -76,8 +79,38 @@ def is_started(model: Model, function: Scope) -> bool:
     callers = model.callers(function)
     return bool(callers) and all(
         (isinstance(c.call.owner, ast.Call) and last_name(c.call.owner) in _RUNNERS)
+        or isinstance(c.scope.node, ast.Lambda)
         or model.in_context(c.scope) in {"start-up", "command"}
         for c in callers
+    )
+
+
+def starts_another(model: Model, function: Scope) -> bool:
+    """Return whether *function* starts a thread or a task, or hands something to a queue."""
+    return any(
+        (call.name in CALLS and handed_over(model, function, call) is not None)
+        or (
+            call.name in _STARTERS
+            and model.external(call.node.func, function).startswith(("asyncio.", "anyio."))
+        )
+        for call in function.calls
+    )
+
+
+def has_entry_points(model: Model) -> bool:
+    """Return whether the project's entry points are among the files that are checked."""
+    return any(model.context(scope) in _ENTRIES for scope in model.functions)
+
+
+def is_never_called(model: Model, function: Scope) -> bool:
+    """Return whether no call in the project may be one of *function*, by its name."""
+    name = function.name
+    if name in model.calls_by_name or name in model.handed:
+        return False
+    # The calls in files that hold nothing to judge are not recorded.
+    return not any(
+        target is function.module and not importer.relevant
+        for importer, target in model.index.importers()
     )
 
 

@@ -2,20 +2,33 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import libcst as cst
 from libcst.metadata import MetadataWrapper
 
+from sessionscope.check._files import Problem
 from sessionscope.check._finding import Finding
 from sessionscope.check._fix_blocks import Hoist, WrapInWith
 from sessionscope.check._fix_imports import is_taken, needed, with_import
 from sessionscope.check._fix_places import Fix, assigned, is_call_of
+from sessionscope.check._replace import Changed, replace
 
 
-def apply(findings: Iterable[Finding], files: Mapping[str, Path], *, unsafe: bool) -> int:
-    """Mend what can be mended in *files* and return how many findings that were.
+class Checked(NamedTuple):
+    """A file as it was when it was checked."""
 
-    A file is written only if it still parses. Raises OSError if one cannot be written.
+    path: Path
+    stamp: bytes
+
+
+def apply(
+    findings: Iterable[Finding], files: Mapping[str, Checked], *, unsafe: bool
+) -> tuple[int, list[Problem]]:
+    """Mend what can be mended in *files*; return how many findings that were, and what failed.
+
+    A file is written as a whole or not at all, and only if it still parses and nobody has
+    changed it since it was checked.
     """
     wanted = [f for f in findings if f.fix == "safe" or (unsafe and f.fix == "unsafe")]
     by_file: dict[str, list[Finding]] = {}
@@ -23,10 +36,17 @@ def apply(findings: Iterable[Finding], files: Mapping[str, Path], *, unsafe: boo
         for path in _files_of(finding):
             by_file.setdefault(path, []).append(finding)
     mended = set[Finding]()
+    problems: list[Problem] = []
     for path, found in by_file.items():
         if path in files:
-            mended |= _mend_file(files[path], path, found)
-    return len(mended)
+            try:
+                mended |= _mend_file(files[path], path, found)
+            except Changed:
+                text = "has changed since it was checked and is not mended: run the command again"
+                problems.append(Problem(path, 1, text))
+            except OSError as error:
+                problems.append(Problem(path, 1, f"cannot be mended: {error.strerror}"))
+    return len(mended), problems
 
 
 def _files_of(finding: Finding) -> set[str]:
@@ -35,8 +55,8 @@ def _files_of(finding: Finding) -> set[str]:
     return {finding.path}
 
 
-def _mend_file(file: Path, path: str, findings: Sequence[Finding]) -> set[Finding]:
-    source = file.read_bytes()
+def _mend_file(file: Checked, path: str, findings: Sequence[Finding]) -> set[Finding]:
+    source = file.path.read_bytes()
     mended = set[Finding]()
     # Bottom up, so that the places of the others stay what they are.
     for finding in sorted(findings, key=lambda f: (-f.line, -f.column)):
@@ -47,7 +67,7 @@ def _mend_file(file: Path, path: str, findings: Sequence[Finding]) -> set[Findin
     for name in sorted({name for finding in mended if (name := needed(finding))}):
         source = with_import(source, name)  # last, because it moves all lines below
     if mended:
-        file.write_bytes(source)
+        replace(file.path, source, file.stamp)
     return mended
 
 

@@ -90,9 +90,11 @@ class Index:
         """A package whose modules import one another as if run from inside of it."""
         folder = posixpath.dirname(importer.path)
         while folder in self._packages:
-            found = self._files.get(f"{folder}/{tail}")
+            found = self._files.get(f"{folder}/{tail}" if folder else tail)
             if found is not None and found is not importer:
                 return found
+            if not folder:  # the working directory is a package, and its own parent here
+                break
             folder = posixpath.dirname(folder)
         return None
 
@@ -155,7 +157,7 @@ def module_name(path: str, packages: set[str]) -> str:
     stem = path.removesuffix(".py").removesuffix(".pyi")
     folder, _, name = stem.rpartition("/")
     parts = [] if name == "__init__" else [name]
-    while folder in packages:
+    while folder and folder in packages:
         folder, _, name = folder.rpartition("/")
         parts.append(name)
     return ".".join(reversed(parts)) or name

@@ -21,6 +21,7 @@ from sessionscope.check._index import Index
 from sessionscope.check._values import (
     DATABASES,
     NONE,
+    Injected,
     Value,
     external,
     instance_of,
@@ -312,9 +313,17 @@ class Inference:
             iter([*call.args, *(k.value for k in call.keywords if k.arg == "dependency")]), None
         )
         made = self.called(self.value(provider, scope), None, scope)
+        driven: Scope | Module | None = None
         if made is not None and made.kind in {"generator", "manager"}:
+            driven = made.target
             made = made.inner
-        return made.given() if made is not None else None
+        if made is None:
+            return None
+        function = self.value(call.func, scope)
+        if function is None or not function.name.startswith("fastapi."):
+            return made.given()
+        injected = Injected(call, driven if isinstance(driven, Scope) else None)
+        return replace(made.given(), injected=injected)
 
     # Attributes.
 

@@ -191,14 +191,13 @@ class Model:
 
     @cached_property
     def handed(self) -> dict[str, list[tuple[Scope, ast.expr]]]:
-        """The names that are arguments of calls, by their last part, with where they stand."""
+        """The names that are handed on, by their last part, with where that happens."""
         found: dict[str, list[tuple[Scope, ast.expr]]] = {}
         for scope in self.scopes:
-            for call in scope.calls:
-                for node in (*call.node.args, *(k.value for k in call.node.keywords)):
-                    name = (dotted(node) or "").rpartition(".")[2]
-                    if name:
-                        found.setdefault(name, []).append((scope, node))
+            for node in _handed_on(scope):
+                name = (dotted(node) or "").rpartition(".")[2]
+                if name:
+                    found.setdefault(name, []).append((scope, node))
         return found
 
     def passed(self, function: Scope, name: str) -> Value | None:
@@ -347,6 +346,21 @@ class Model:
             fix=rule.fix if fix else None,
             info=rule.default == "info",
         )
+
+
+def _handed_on(scope: Scope) -> Iterator[ast.expr]:
+    """Yield arguments, elements, what is returned, and what objects keep as an attribute."""
+    for call in scope.calls:
+        yield from call.node.args
+        yield from (keyword.value for keyword in call.node.keywords)
+    for outcome in (*scope.returns, *scope.yields):
+        if outcome.value is not None:
+            yield outcome.value
+    for path, bindings in scope.bindings.items():
+        if "." in path:
+            yield from (b.value for b in bindings if isinstance(b.value, ast.expr))
+    for uses in scope.uses.values():
+        yield from (use.node for use in uses if use.role == "element")
 
 
 def is_test(module: Module) -> bool:

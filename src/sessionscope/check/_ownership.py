@@ -1,11 +1,20 @@
 """Who owns a session: what a function makes, keeps, gives away and closes."""
 
 import ast
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Collection, Iterator
+from typing import NamedTuple, cast
 
 from sessionscope.check._behaviour import session_by_use
-from sessionscope.check._facts import Binding, Scope, Use, last_name, parameters, receiver, words
+from sessionscope.check._facts import (
+    Binding,
+    Role,
+    Scope,
+    Use,
+    last_name,
+    parameters,
+    receiver,
+    words,
+)
 from sessionscope.check._model import Model
 from sessionscope.check._paths import Marks
 from sessionscope.check._values import Value
@@ -179,7 +188,7 @@ def _mark_argument(
 ) -> None:
     function = call.func
     last = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
-    if last in _KEEPERS or _kept(model, scope, call):
+    if last in _KEEPERS or goes_along(scope, call, {"return", "yield", "with"}):
         found.given.add(id(node))
     elif _closes_argument(model, scope, call, node):
         found.closed.add(id(call))
@@ -200,16 +209,19 @@ def _closes_argument(model: Model, scope: Scope, call: ast.Call, node: ast.expr)
     return False
 
 
-def _kept(model: Model, scope: Scope, call: ast.Call) -> bool:
-    """An object made with the session that itself leaves the function takes it along."""
+def goes_along(scope: Scope, call: ast.Call, ways: Collection[Role]) -> bool:
+    """Return whether what *call* makes leaves the function, with the session that it was given.
+
+    *ways* are the uses of its result that let it leave.
+    """
     for fact in scope.calls:
         if fact.node is call:
-            if fact.role in {"return", "yield", "with"}:
+            if fact.role in ways:
                 return True
             if fact.role == "assign" and isinstance(fact.owner, ast.Assign):
                 return _leaves(scope, fact.owner)
             if fact.role in {"argument", "element"} and isinstance(fact.owner, ast.Call):
-                return fact.owner is not call and _kept(model, scope, fact.owner)
+                return fact.owner is not call and goes_along(scope, fact.owner, ways)
             return fact.role == "element"
     return False
 
@@ -228,6 +240,17 @@ def stored_in(scope: Scope) -> Scope | None:
     """Return the class in whose instances the ``self.`` names of *scope* live."""
     method = scope.method()
     return method.owner_class if method is not None else None
+
+
+def ancestry(model: Model, owner: Scope) -> frozenset[int]:
+    """Return the class *owner* and all above it, by their identity."""
+    known = owner.memo.get("ancestry")
+    if not isinstance(known, frozenset):
+        owner.memo["ancestry"] = frozenset({id(owner)})  # a circle adds nothing
+        above = (b.target for b in model.infer.bases(owner) if isinstance(b.target, Scope))
+        known = frozenset({id(owner)}).union(*(ancestry(model, base) for base in above))
+        owner.memo["ancestry"] = known
+    return cast("frozenset[int]", known)
 
 
 def own_name(scope: Scope) -> str:

@@ -2,7 +2,7 @@
 
 import ast
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from sessionscope.check._facts import Module, Scope
 
@@ -24,6 +24,13 @@ Kind = Literal[
 ]
 
 
+class Injected(NamedTuple):
+    """The ``Depends`` of FastAPI that brings a value in, and the generator that yields it."""
+
+    call: ast.Call
+    provider: Scope | None
+
+
 @dataclass(frozen=True, slots=True)
 class Value:
     """What is known of the value of an expression."""
@@ -40,6 +47,7 @@ class Value:
     scope: Scope | None = field(default=None, compare=False)  # where ``node`` stands
     bound: "Value | None" = None  # the object of a method, the factory of a session
     wrapped: Literal["", "manager", "cached"] = ""
+    injected: Injected | None = field(default=None, compare=False)
 
     def held(self) -> "Value":
         """Return this value as seen by someone who does not own it."""

@@ -3,12 +3,25 @@
 import re
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
-Version = tuple[int, ...]
+
+class Version(NamedTuple):
+    """A version of FastAPI: one that the project names, or what is installed here."""
+
+    numbers: tuple[int, ...]
+    is_named: bool = True
+
+    def __str__(self) -> str:
+        return ".".join(map(str, self.numbers))
+
 
 _LOCK = re.compile(r'name = "fastapi"\s+version = "([\d.]+)')
-_PIN = re.compile(r"""(?im)^\s*["']?fastapi(?:\[[\w,\s-]*\])?\s*(?:==|~=)\s*([\d.]+)""")
-_BOUND = re.compile(r"""(?im)["']?fastapi(?:\[[\w,\s-]*\])?[^\n#]*?<(=?)\s*([\d.]+)""")
+_NAME = r"""(?im)(?:^\s*|["'])fastapi(?![\w-])(?:\[[\w,\s-]*\])?\s*"""
+_PIN = re.compile(_NAME + r"(?:==|~=)\s*([\d.]+)")
+# Poetry's table: a caret keeps a version 0.x to its minor version.
+_POETRY = re.compile(r"""(?m)^fastapi\s*=\s*(?:\{.*?version\s*=\s*)?["'][\^~=\s]*([\d.]+)["']""")
+_BOUND = re.compile(_NAME + r"""(?:=\s*["'])?[^\n#;"']*?<(=?)\s*([\d.]+)""")
 
 
 def fastapi_version(folder: Path) -> Version | None:
@@ -26,22 +39,26 @@ def _installed() -> Version | None:
     """Look for FastAPI's metadata; importlib.metadata takes longer than a run from the cache."""
     for folder in sys.path:
         for found in Path(folder).glob("fastapi-*.dist-info"):
-            return _numbers(found.name.removeprefix("fastapi-"))
+            numbers = _numbers(found.name.removeprefix("fastapi-"))
+            return Version(numbers, is_named=False)
     return None
 
 
 def _declared(folder: Path) -> Version | None:
     locks = [folder / "uv.lock", folder / "poetry.lock", folder / "pdm.lock"]
     plain = [*sorted(folder.glob("requirements*.txt")), *sorted(folder.glob("requirements/*.txt"))]
-    for pattern, paths in ((_LOCK, locks), (_PIN, [*plain, folder / "pyproject.toml"])):
+    project = folder / "pyproject.toml"
+    named = ((_LOCK, locks), (_PIN, [*plain, project]), (_POETRY, [project]))
+    for pattern, paths in named:
         for path in paths:
             found = pattern.search(_text(path))
             if found:
-                return _numbers(found[1])
-    for path in (*plain, folder / "pyproject.toml"):
+                return Version(_numbers(found[1]))
+    for path in (*plain, project):
         found = _BOUND.search(_text(path))
         if found:
-            return _below(_numbers(found[2]), inclusive=bool(found[1]))
+            below = _below(_numbers(found[2]), inclusive=bool(found[1]))
+            return Version(below) if below is not None else None
     return None
 
 
@@ -52,11 +69,11 @@ def _text(path: Path) -> str:
         return ""
 
 
-def _numbers(text: str) -> Version:
+def _numbers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", text)[:3])
 
 
-def _below(bound: Version, *, inclusive: bool) -> Version | None:
+def _below(bound: tuple[int, ...], *, inclusive: bool) -> tuple[int, ...] | None:
     """The newest version under an upper bound, as far as it can be told."""
     if inclusive or len(bound) < 2:
         return bound if inclusive else None

@@ -44,6 +44,7 @@ from sessionscope.check._model import Because, Model, is_migration
 from sessionscope.check._ownership import (
     CLOSING,
     Owned,
+    ancestry,
     fresh_call,
     marks,
     nested_use,
@@ -220,34 +221,43 @@ def _kept_here(scope: Scope, binding: Binding) -> bool:
 def _ended(model: Model, owner: Scope, name: str) -> bool:
     """Return whether anything ends the session that instances of *owner* hold as *name*."""
     return any(
-        _ends(use)
+        _ends(use) and _may_be_of(model, scope, use, owner)
         for scope in model.scopes
         for path, uses in scope.uses.items()
-        if path.endswith(f".{name}") and _may_be_of(model, scope, path, owner)
+        if path.endswith(f".{name}")
         for use in uses
     )
 
 
 def _ends(use: Use) -> bool:
-    if use.role in {"with", "yield", "return"}:
-        return True
-    if use.role in {"method", "attribute"} and use.name in CLOSING:
-        return True
-    return (
+    return use.role in {"yield", "return"} or _closes(use)
+
+
+def _closes(use: Use) -> bool:
+    if use.role in {"method", "attribute"}:
+        return use.name in CLOSING
+    return use.role == "with" or (
         use.role == "argument"
         and isinstance(use.owner, ast.Call)
         and "clos" in ast.unparse(use.owner.func)
     )
 
 
-def _may_be_of(model: Model, scope: Scope, path: str, owner: Scope) -> bool:
-    """Return whether *path* may lead to an attribute of *owner*'s instances."""
-    other = stored_in(scope)
-    if other is None or not path.startswith(own_name(scope)):
-        return True
-    relatives = {id(base.target) for base in model.infer.bases(other)}
-    relatives |= {id(base.target) for base in model.infer.bases(owner)}
-    return other is owner or id(owner) in relatives or id(other) in relatives
+def _may_be_of(model: Model, scope: Scope, use: Use, owner: Scope) -> bool:
+    """Return whether the object whose attribute is used may be an instance of *owner*."""
+    node = use.node
+    if use.role == "method" and isinstance(node, ast.Call):
+        node = node.func
+    if use.role in {"method", "attribute"} and isinstance(node, ast.Attribute):
+        node = node.value
+    held = model.value(node.value, scope) if isinstance(node, ast.Attribute) else None
+    if held is None:
+        return _closes(use)  # ``return request.session`` proves nothing
+    return isinstance(held.target, Scope) and any(
+        {id(held.target), id(owner)} <= ancestry(model, each)
+        for each in model.scopes
+        if each.kind == "class"
+    )
 
 
 RULE = Rule("SES102", "session-not-closed", "on", judge, fix="unsafe")

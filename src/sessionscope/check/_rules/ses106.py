@@ -3,21 +3,34 @@
 ## What it does
 
 Flags a function that makes a session, although the code that calls it could hand it one. Opt-in:
-``--select SES106``. It does not flag
+``--select SES106``.
+
+**A store behind an interface is not flagged.** Where a class implements methods that a base class
+declares, or that a base class which the checker cannot see may declare (``class SqlStore(Store)``),
+these methods are the border of the unit of work: another store keeps the same promise over HTTP or
+in memory, so that no caller has a session for it. What such a store does for itself is flagged: a
+helper that opens a second session, a method that the interface does not know.
+
+A class that names no interface as its base is no such store, even if a ``Protocol`` describes it.
+If it keeps an engine or a factory (``self.session_factory``) and opens a session in each method, it
+is flagged, because two of its methods in a row are two transactions.
+
+It does not flag either
 
 - entry points: endpoints, tasks, commands, scripts, start-up, and what a library's decorator
   registers;
-- providers: what yields or returns the session;
-- callbacks: a function that is handed to a thread, a scheduler, an event, or started for itself
-  (``asyncio.run(work())``), and what start-up and commands alone call;
-- methods that a base class declares, or a base class that the checker cannot see may declare. A
-  store behind an interface (``class SqlStore(Store)``) is the border of the unit of work: another
-  store may keep the same promise over HTTP, so that no caller has a session for it.
+- providers and factories: what yields or returns the session or an object that holds it, and what
+  receives the factory as a parameter, so that its caller has decided;
+- callbacks: a function that is handed on (to a thread, a scheduler, in a table, as a result) or is
+  started for itself (``asyncio.run(work())``, ``gather``, a lambda), and what start-up and commands
+  alone call;
+- starters: what starts a thread or a task or fills a queue must have committed before, which a
+  session of its caller has not;
+- functions that nobody calls, where the project's entry points are among the files that are
+  checked: they are dead, or called in a way that the checker does not see. ``--confidence low``
+  shows them.
 
-What such a store does for itself is flagged: a helper that opens a second session, a method that
-the interface does not know. So is a class without an interface that keeps an engine or a factory
-(``self.session_factory``) and opens a session in each method: two of its methods in a row are two
-transactions.
+A call that is seen makes the finding sure; a call that may be meant, of medium confidence.
 
 ## Why it bites in production
 
@@ -49,21 +62,34 @@ border of the unit of work by the project's own rule: ``per-file-ignores``.
 import ast
 from collections.abc import Iterator
 
-from sessionscope.check._entries import is_called_by_others
-from sessionscope.check._facts import CallFact, Scope
-from sessionscope.check._finding import Finding, Rule
+from sessionscope.check._entries import (
+    has_entry_points,
+    is_called_by_others,
+    is_never_called,
+    starts_another,
+)
+from sessionscope.check._facts import CallFact, Role, Scope, last_name
+from sessionscope.check._finding import Confidence, Finding, Rule
 from sessionscope.check._model import Because, Model, is_migration
-from sessionscope.check._ownership import on_connection
+from sessionscope.check._ownership import goes_along, on_connection
+from sessionscope.check._values import Value
+
+_GIVES = frozenset[Role]({"return", "yield"})
 
 
 def judge(model: Model) -> Iterator[Finding]:
     """Find functions that should receive their session."""
+    in_view = has_entry_points(model)
     for scope in model.functions:
         if scope.function is None or is_migration(scope.module) or _may_open(model, scope):
             continue
         made = _made(model, scope)
-        if made is not None and not is_called_by_others(model, scope):
-            yield _finding(model, scope, made)
+        if made is None or is_called_by_others(model, scope) or starts_another(model, scope):
+            continue
+        confidence: Confidence = "high" if model.callers(scope) else "medium"
+        if in_view and is_never_called(model, scope):
+            confidence = "low"
+        yield _finding(model, scope, made, confidence)
 
 
 def _made(model: Model, scope: Scope) -> ast.Call | None:
@@ -78,7 +104,9 @@ def _made(model: Model, scope: Scope) -> ast.Call | None:
                 for b in call.block.chain()
             )
             if not guarded and call.role not in {"return", "yield", "element"}:
-                return None if _given_away(scope, call) else call.node
+                if _is_received(call, value) or _given_away(scope, call):
+                    return None
+                return call.node
     return None
 
 
@@ -89,16 +117,44 @@ def _asks_for_none(scope: Scope, test: ast.expr) -> bool:
     return any("None" in ast.unparse(node) for node in (test, *asked))
 
 
+def _is_received(call: CallFact, value: Value) -> bool:
+    """``factory()``, where ``factory`` is a parameter: whoever passed it has decided."""
+    factory = value.bound
+    return isinstance(call.node.func, ast.Name) and factory is not None and factory.received
+
+
 def _given_away(scope: Scope, call: CallFact) -> bool:
-    """``return session, True`` provides it, too."""
-    targets = call.owner.targets if isinstance(call.owner, ast.Assign) else []
-    names = {target.id for target in targets if isinstance(target, ast.Name)}
-    return any(
-        isinstance(element, ast.Name) and element.id in names
-        for outcome in scope.returns
-        if isinstance(outcome.value, ast.Tuple)
-        for element in outcome.value.elts
+    """``return session, True`` provides it, too, and so does ``yield Repository(session)``."""
+    return _in_object(scope, call.role, call.owner) or any(
+        use.role in _GIVES
+        or (use.role == "element" and isinstance(use.owner, ast.Return | ast.Yield))
+        or _in_object(scope, use.role, use.owner)
+        for name in _names_of(call)
+        for use in scope.uses.get(name, ())
     )
+
+
+def _in_object(scope: Scope, role: Role, owner: ast.AST) -> bool:
+    """Return whether what is used so goes into an object that the function makes for others."""
+    return (
+        role == "argument"
+        and isinstance(owner, ast.Call)
+        and last_name(owner)[:1].isupper()
+        and goes_along(scope, owner, _GIVES)
+    )
+
+
+def _names_of(call: CallFact) -> Iterator[str]:
+    """Yield the names that the session gets."""
+    match call.owner:
+        case ast.Assign(targets=targets):
+            yield from (target.id for target in targets if isinstance(target, ast.Name))
+        case ast.With(items=items) | ast.AsyncWith(items=items):
+            for item in items:
+                if item.context_expr is call.node and isinstance(item.optional_vars, ast.Name):
+                    yield item.optional_vars.id
+        case _:
+            pass
 
 
 def _may_receive(scope: Scope) -> bool:
@@ -113,7 +169,7 @@ def _may_receive(scope: Scope) -> bool:
     )
 
 
-def _finding(model: Model, scope: Scope, node: ast.Call) -> Finding:
+def _finding(model: Model, scope: Scope, node: ast.Call, confidence: Confidence) -> Finding:
     return model.finding(
         RULE,
         scope,
@@ -121,6 +177,7 @@ def _finding(model: Model, scope: Scope, node: ast.Call) -> Finding:
         f"`{scope.name}()` opens a session of its own: its work is a transaction apart from its "
         'caller\'s, on a second connection ("QueuePool limit reached" under load). Let it '
         "receive the session as a parameter",
+        confidence=confidence,
         because=[
             Because(scope, scope.function, f"`{scope.qualname}` is no entry point"),
             *(Because(c.scope, c.call.node, "is called here") for c in model.callers(scope)[:1]),

@@ -39,6 +39,7 @@ from collections.abc import Iterator
 
 from sessionscope.check._committing import late_commit
 from sessionscope.check._facts import Scope, decorator_names
+from sessionscope.check._fastapi import ends_after_response
 from sessionscope.check._finding import Confidence, Finding, Rule
 from sessionscope.check._model import Because, Model
 
@@ -47,8 +48,6 @@ _WRITES = frozenset({"add", "add_all", "delete", "merge", "flush"})
 
 def judge(model: Model) -> Iterator[Finding]:
     """Find commits that come too late for the client."""
-    if model.version is not None and (0, 106) <= model.version < (0, 118):
-        return
     for scope in model.functions:
         if not scope.is_generator or decorator_names(scope) & {
             "contextmanager",
@@ -59,20 +58,13 @@ def judge(model: Model) -> Iterator[Finding]:
         uses = [
             (where, call)
             for where, call in model.dependencies.get(id(scope), ())
-            if not _function_scoped(call)
+            if ends_after_response(model.version, call) is not False
         ]
         if not uses or _is_not_fastapi(model, *uses[0]):
             continue
         commit = late_commit(model, scope)
         if commit is not None:
             yield _finding(model, scope, commit, uses)
-
-
-def _function_scoped(call: ast.Call) -> bool:
-    return any(
-        k.arg == "scope" and isinstance(k.value, ast.Constant) and k.value.value == "function"
-        for k in call.keywords
-    )
 
 
 def _is_not_fastapi(model: Model, scope: Scope, call: ast.Call) -> bool:

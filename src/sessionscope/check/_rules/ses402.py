@@ -6,6 +6,11 @@ Flags an ``except`` around ``flush()``, ``commit()`` or ``execute()`` that neith
 raises, with the session used afterwards: in the function, by its caller, by another method of the
 object that holds it, or by the commit at the end of the block; unless a savepoint stands around it.
 
+It does not flag a statement that PostgreSQL never sees, because a guard on the dialect stands
+around it, above it, or around each call of its function: ``if bind.dialect.name == "sqlite":``. A
+flush or a commit that fails there is flagged all the same: the session itself refuses what comes
+next, on any database.
+
 ## Why it bites in production
 
 After a failed flush every further use raises PendingRollbackError. After a failed statement
@@ -39,6 +44,7 @@ Where the error cannot come from the database.
 import ast
 from collections.abc import Iterator
 
+from sessionscope.check._dialects import keeps_postgresql_out
 from sessionscope.check._facts import Block, Scope, Use, position, words
 from sessionscope.check._finding import Confidence, Finding, Rule
 from sessionscope.check._lifetime import goes_on
@@ -107,6 +113,7 @@ def _judge_try(
         if use.name in may_fail
         and _directly_in(use.block, node)
         and not _in_savepoint(use.block, node)
+        and (use.name in _WRITES or not keeps_postgresql_out(model, scope, use.node, use.block))
     ]
     if not tried:
         return

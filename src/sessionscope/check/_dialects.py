@@ -1,0 +1,100 @@
+"""Guards on the dialect: what PostgreSQL never gets to see."""
+
+import ast
+import re
+from collections.abc import Iterator
+
+from sessionscope.check._facts import Block, Scope, dotted, last_name, position
+from sessionscope.check._model import Model
+
+_OTHERS = ("sqlite", "mysql", "mariadb")
+_FLAG = re.compile(
+    r"_*(?:is_|uses?_|using_|on_)?(?:sqlite|mysql|mariadb|postgres\w*)", re.IGNORECASE
+)
+_LEAVES = (ast.Return, ast.Raise, ast.Continue)
+
+
+def keeps_postgresql_out(
+    model: Model, scope: Scope, node: ast.expr, block: Block, depth: int = 0
+) -> bool:
+    """Return whether a guard stands around *node*, above it, or around all calls of *scope*."""
+    if any(_guards(around, scope) for around in block.chain()) or _left_before(scope, node):
+        return True
+    callers = model.callers(scope) if depth < 3 else []
+    return bool(callers) and all(
+        keeps_postgresql_out(model, c.scope, c.call.node, c.call.block, depth + 1) for c in callers
+    )
+
+
+def _guards(block: Block, scope: Scope) -> bool:
+    match block.node:
+        case ast.If(test=test) if block.kind in {"if", "orelse"}:
+            return _excludes(test, block.kind == "if", scope)
+        case ast.match_case(pattern=pattern):
+            return _is_another(_strings(pattern), True)
+        case _:
+            return False
+
+
+def _left_before(scope: Scope, node: ast.expr) -> bool:
+    """``if dialect.name != "sqlite": return`` stands above."""
+    return any(
+        isinstance(above, ast.If)
+        and not above.orelse
+        and isinstance(above.body[-1], _LEAVES)
+        and _excludes(above.test, False, scope)
+        for above in (scope.function.body if scope.function is not None else ())
+        if position(above) < position(node)
+    )
+
+
+def _excludes(test: ast.expr, truth: bool, scope: Scope) -> bool:
+    """Return whether the database is not PostgreSQL where *test* is *truth*."""
+    match test:
+        case ast.UnaryOp(op=ast.Not(), operand=operand):
+            return _excludes(operand, not truth, scope)
+        case ast.BoolOp(op=operator, values=values):
+            # One part is enough where all hold (``and``), and where none does (``or``).
+            enough = any if isinstance(operator, ast.And) is truth else all
+            return enough(_excludes(value, truth, scope) for value in values)
+        case ast.Compare(ops=[ast.Eq() | ast.In()]):
+            return _is_another(_strings(test), truth)
+        case ast.Compare(ops=[ast.NotEq() | ast.NotIn()]):
+            return _is_another(_strings(test), not truth)
+        case ast.Call() if last_name(test) in {"startswith", "isinstance"}:
+            return _is_another(_strings(test), truth)
+        case ast.Call(func=ast.Name() | ast.Attribute() as function):
+            return _excludes(function, truth, scope)
+        case ast.Name() | ast.Attribute():
+            return _flag_excludes(test, truth, scope)
+        case _:
+            return False
+
+
+def _flag_excludes(flag: ast.Name | ast.Attribute, truth: bool, scope: Scope) -> bool:
+    path = dotted(flag) or ""
+    bindings = scope.bindings.get(path, ())
+    if len(bindings) == 1 and isinstance(bindings[0].value, ast.Compare):
+        return _excludes(bindings[0].value, truth, scope)
+    last = path.rpartition(".")[2]
+    return _FLAG.fullmatch(last) is not None and _is_another([last], truth)
+
+
+def _strings(node: ast.AST) -> Iterator[str]:
+    """Yield the texts and the names of classes in *node*."""
+    for inner in ast.walk(node):
+        match inner:
+            case ast.Constant(value=str(text)):
+                yield text
+            case ast.Name(id=name) | ast.Attribute(attr=name) if name[:1].isupper():
+                yield name
+            case _:
+                pass
+
+
+def _is_another(names: Iterator[str] | list[str], truth: bool) -> bool:
+    """Return whether being one of *names*, or not being one, means not to be PostgreSQL."""
+    text = " ".join(names).lower()
+    if not truth:
+        return "postgres" in text
+    return any(other in text for other in _OTHERS) and "postgres" not in text
