@@ -258,6 +258,17 @@ def keep_socket(driver_connection: Any) -> socket.socket | None:
     return None
 
 
+def shut_down(driver_connection: Any) -> None:
+    """Cut the connection under its driver, whose call fails then, in whichever thread."""
+    kept = keep_socket(driver_connection)
+    if kept is None:
+        return
+    with kept, suppress(OSError):
+        # Else it was closed in this moment, and its number may be another connection's.
+        if descriptor(driver_connection) is not None:
+            kept.shutdown(socket.SHUT_RDWR)
+
+
 def wait_until_closed(kept: socket.socket, timeout: float) -> None:
     """Wait until the server has closed its end of a connection that we have closed."""
     with suppress(OSError):
