@@ -125,17 +125,16 @@ class Backends:
 
         # In this context, where the deadline is known: limit_connecting().
         run = copy_context().run
+        done: Collection[object] = ()
         try:
             threading.Thread(
                 target=run, args=(work,), name="sessionscope-connect", daemon=True
             ).start()
-        except RuntimeError:  # no thread is to be had
-            self.give_back()
-            raise
-        done: Collection[object] = ()
-        try:
             done, _ = wait([opening], deadline.remaining)
-        finally:  # also after an interrupt
+        except RuntimeError as error:  # no thread is to be had
+            opening.set_exception(error)
+            raise
+        finally:  # also after an interrupt, which may come while the thread starts
             if not done:
                 opening.add_done_callback(lambda late: self._give_up(late, discard))
         if not done:
