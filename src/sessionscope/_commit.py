@@ -40,6 +40,9 @@ _REFUSED = "sessionscope.refused"
 # What the next user of a connection must not find in its info.
 _OF_ONE_USER = (UNIT, SUSPECT, LOST, WAS_OPEN, IDENTITY, _COMMITTING, _REFUSED)
 
+# active_sql_transaction: after a query, no SET TRANSACTION is allowed any more.
+_AFTER_A_QUERY = "25001"
+
 # What failed earlier in the transaction: the statement and the error.
 _Suspect = tuple[str | None, BaseException]
 
@@ -278,10 +281,21 @@ def _note_failure(context: ExceptionContext, database: str) -> BaseException | N
     if scope is not None and not scope.read_only and may_be_demoted(orig):
         info[_REFUSED] = error
     info[SUSPECT] = (context.statement, error)
+    if sqlstate_of(orig) == _AFTER_A_QUERY and info.get(IDENTITY) is not None:
+        _add_note_on_setting(error, context.statement)
     if has_lost_transaction(context):
         info[LOST] = True
         _refuse_further_statements(connection)
     return _unwritable(context) if connection.dialect.name == "sqlite" else None
+
+
+def _add_note_on_setting(error: BaseException, statement: str | None) -> None:
+    if statement is not None and statement.lstrip()[:3].upper() == "SET":  # VACUUM has it, too
+        error.add_note(
+            "sessionscope: a unit that may run again asks for its transaction's id together with "
+            "BEGIN. Write with_session(isolation_level=...) in place of SET TRANSACTION, or "
+            "attempts=1."
+        )
 
 
 def _refuse_further_statements(connection: Connection) -> None:
