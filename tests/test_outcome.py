@@ -153,7 +153,7 @@ def test_an_id_of_before_a_crash_proves_a_failure_and_no_success(psycopg: Databa
 def test_a_transaction_whose_id_is_known_is_set_by_options(psycopg: Database) -> None:
     """PostgreSQL allows no SET TRANSACTION after a query, and takes the id's for one."""
 
-    def work(session: Session, *settings: str) -> str | None:
+    def work(session: Session, *settings: str) -> object:
         for setting in settings:
             session.execute(text(setting))
         return session.scalar(text("SHOW transaction_isolation"))
@@ -167,6 +167,27 @@ def test_a_transaction_whose_id_is_known_is_set_by_options(psycopg: Database) ->
     with pytest.raises(InternalError) as error:
         psycopg.run(work, "VACUUM")
     assert not hasattr(error.value, "__notes__")
+
+
+@pytest.mark.parametrize("fault", ["cut before", "cut after"])
+@pytest.mark.parametrize("ending", ["COMMIT", "ROLLBACK"])
+def test_an_id_does_not_answer_for_the_transaction_after_it(
+    behind: Database, proxy: FaultProxy, ending: str, fault: Fault
+) -> None:
+    """What was ended by text has an outcome of its own, and the driver begins anew."""
+    calls: list[int] = []
+
+    def work(session: Session) -> None:
+        calls.append(1)
+        session.execute(text("SELECT 1"))
+        session.execute(text(ending))
+        session.add(Item(name="pear"))
+        session.flush()
+        proxy.aim(fault, b"COMMIT")
+
+    with pytest.raises(CommitUnknown):
+        behind.run(work)
+    assert calls == [1]
 
 
 @pytest.mark.parametrize("fault", ["cut before", "cut after"])

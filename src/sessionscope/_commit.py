@@ -27,7 +27,7 @@ from sessionscope._doom import (
     has_lost_transaction,
 )
 from sessionscope._guards import Scope
-from sessionscope._identity import IDENTITY, Identity, ask_late
+from sessionscope._identity import IDENTITY, Identity, ask_late, is_of_another
 from sessionscope._marker import Marker, leave_marker
 from sessionscope._places import describe
 from sessionscope._retry import mark, sqlstate_of
@@ -182,6 +182,8 @@ def _identify(
 ) -> Identity | Marker | None:
     """Return what the outcome of a transaction that is about to commit can be asked by."""
     identity: Identity | None = proxied.info.get(IDENTITY)
+    if identity is not None and is_of_another(identity, proxied):
+        return None
     if identity is not None and identity.xid is None:
         ask_late(identity, proxied)
     if outcome_table is not None and scope.may_run_again and not scope.read_only:
@@ -281,12 +283,22 @@ def _note_failure(context: ExceptionContext, database: str) -> BaseException | N
     if scope is not None and not scope.read_only and may_be_demoted(orig):
         info[_REFUSED] = error
     info[SUSPECT] = (context.statement, error)
+    if scope is not None and _has_ended_by_text(context, info):
+        scope.has_committed = True
     if sqlstate_of(orig) == _AFTER_A_QUERY and info.get(IDENTITY) is not None:
         _add_note_on_setting(error, context.statement)
     if has_lost_transaction(context):
         info[LOST] = True
         _refuse_further_statements(connection)
     return _unwritable(context) if connection.dialect.name == "sqlite" else None
+
+
+def _has_ended_by_text(context: ExceptionContext, info: dict[Any, Any]) -> bool:
+    identity: Identity | None = info.get(IDENTITY)
+    if identity is None or context.statement is None or context.is_disconnect:
+        return False
+    assert context.connection is not None
+    return is_of_another(identity, context.connection.connection)
 
 
 def _add_note_on_setting(error: BaseException, statement: str | None) -> None:

@@ -83,7 +83,7 @@ class TimedCursor:
 
 def _close(cursor: Any) -> None:
     """Close a cursor whose connection is closed."""
-    result = getattr(cursor, "_result", None)
+    result: Any = getattr(cursor, "_result", None)
     if hasattr(result, "unbuffered_active"):  # PyMySQL would read the rest, and complain
         result.unbuffered_active = False
     with suppress(Exception):
