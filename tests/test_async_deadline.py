@@ -8,6 +8,7 @@ from time import monotonic
 import pytest
 from sqlalchemy import event, make_url, select, text
 from sqlalchemy import exc as sa_exc
+from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.util import await_only
 
 from sessionscope import AsyncDatabase
@@ -131,6 +132,27 @@ async def test_a_lost_commit_is_resolved(
     assert proxy.hits == 1
     assert await names(database) == ["pear"]
     assert database.stats().retried == (fault == "cut before")
+
+
+@on_postgres
+async def test_an_id_does_not_answer_for_the_transaction_after_it(
+    behind: tuple[AsyncDatabase, FaultProxy],
+) -> None:
+    """What was ended by text has an outcome of its own."""
+    database, proxy = behind
+    calls: list[int] = []
+
+    async def work(session: AsyncSession) -> None:
+        calls.append(1)
+        await session.execute(text("SELECT 1"))
+        await session.execute(text("ROLLBACK"))
+        session.add(Item(name="pear"))
+        await session.flush()
+        proxy.aim("cut after", b"COMMIT")
+
+    with pytest.raises(CommitUnknown):
+        await database.run(work)
+    assert calls == [1]
 
 
 @on_postgres

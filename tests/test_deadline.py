@@ -1,5 +1,6 @@
 """One deadline for a unit of work: in the queue, while connecting, at statements, at the commit."""
 
+import gc
 import sqlite3
 import threading
 from collections.abc import Callable
@@ -247,13 +248,22 @@ def test_what_is_fetched_outside_of_the_sessions_methods_ends_as_well(
 ) -> None:
     started = monotonic()
     sleep = OUTSIDE[database.engine.dialect.name]
-    if way.__name__ == "stream" and database.engine.dialect.name == "mysql":
-        pytest.skip("pymysql complains when it collects unread rows of a connection that was cut")
     with pytest.raises(DeadlineExceeded) as error, database.begin(timeout=0.3) as session:
         way(session, sleep)
     assert error.value.phase == "query"
     assert monotonic() - started < 5
     assert names(database) == []
+
+
+def test_rows_that_were_not_read_are_not_asked_for_any_more(mysql: Database) -> None:
+    """PyMySQL reads them when it collects what was to hold them, and complains."""
+    rows = text("SELECT seq FROM seq_1_to_100000").execution_options(yield_per=1)
+    with pytest.raises(DeadlineExceeded) as error, mysql.begin(timeout=0.3) as session:
+        for _ in session.execute(rows):
+            threading.Event().wait(0.4)  # the time runs out in the user's own code
+    del error
+    gc.collect()
+    assert mysql.stats().in_use == 0
 
 
 def test_rows_that_take_too_long_are_not_waited_for(behind: Database, proxy: FaultProxy) -> None:
@@ -391,6 +401,26 @@ def test_a_connection_that_no_thread_can_open_takes_no_place(
         with pytest.raises(RuntimeError), psycopg.begin(timeout=5) as session:
             with monkeypatch.context() as patch:
                 patch.setattr(threading.Thread, "start", cannot_start)
+                session.execute(select(1))
+    psycopg.ping()
+
+
+def test_an_interrupt_while_connecting_begins_takes_no_place(
+    psycopg: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Thread.start() waits for the thread, which goes on and connects."""
+    start = threading.Thread.start
+
+    def start_and_interrupt(thread: threading.Thread) -> None:
+        start(thread)
+        if thread.name == "sessionscope-connect":
+            raise KeyboardInterrupt
+
+    psycopg.dispose()
+    for _ in range(20):  # more than there are places
+        with pytest.raises(KeyboardInterrupt), psycopg.begin(timeout=5) as session:
+            with monkeypatch.context() as patch:
+                patch.setattr(threading.Thread, "start", start_and_interrupt)
                 session.execute(select(1))
     psycopg.ping()
 

@@ -3,11 +3,16 @@
 import asyncio
 import multiprocessing
 import os
+import signal
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 from sqlalchemy import literal, select, text
 
 from sessionscope import AsyncDatabase, Database
+from sessionscope._timer import Timer
+from sessionscope._watch import UNIT
 from tests.async_drivers import create_tables, on_servers
 from tests.forks import answer_of_a_child
 from tests.models import Item, names
@@ -54,6 +59,34 @@ def test_a_unit_that_is_open_across_a_fork_is_the_parents(database: Database) ->
         assert "with database.begin()" in said
         session.flush()
     assert names(database) == ["pear"]
+
+
+def test_a_deadline_that_was_about_to_pass_does_not_hold_the_child(psycopg: Database) -> None:
+    """The thread that ends units at their deadline holds a lock, and is not in the child."""
+    holds, forked = threading.Event(), threading.Event()
+
+    def hold(timer: Timer) -> None:
+        with timer._lock:
+            holds.set()
+            forked.wait(30)
+
+    def end() -> None:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # else it would wait for ever
+        signal.alarm(10)
+        unit.__exit__(None, None, None)
+
+    unit = psycopg.begin(timeout=60)
+    session = unit.__enter__()
+    session.add(Item(name="pear"))
+    session.flush()
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(hold, session.info[UNIT].timer)
+        holds.wait(10)
+        said = answer_of_a_child(end)
+        forked.set()
+    unit.__exit__(None, None, None)
+    assert "SessionEnded" in said
+    assert names(psycopg) == ["pear"]
 
 
 def test_the_end_of_an_inherited_block_does_nothing(postgres: Database) -> None:

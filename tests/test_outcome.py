@@ -6,6 +6,7 @@ from time import sleep
 import psycopg as driver
 import pytest
 from sqlalchemy import text
+from sqlalchemy.exc import InternalError
 from sqlalchemy.orm import Session
 
 from sessionscope import Database, _identity, after_commit
@@ -147,6 +148,46 @@ def test_an_id_of_before_a_crash_proves_a_failure_and_no_success(psycopg: Databa
         assert has_committed(again, psycopg.engine, sleep, 0.3) is None
         connection.rollback()
     assert has_committed(again, psycopg.engine, sleep, None) is False
+
+
+def test_a_transaction_whose_id_is_known_is_set_by_options(psycopg: Database) -> None:
+    """PostgreSQL allows no SET TRANSACTION after a query, and takes the id's for one."""
+
+    def work(session: Session, *settings: str) -> object:
+        for setting in settings:
+            session.execute(text(setting))
+        return session.scalar(text("SHOW transaction_isolation"))
+
+    late = "SET TRANSACTION ISOLATION LEVEL SERIALIZABLE"
+    with pytest.raises(InternalError) as error:
+        psycopg.run(work, late)
+    assert "Write with_session(isolation_level=...)" in error.value.__notes__[0]
+    assert psycopg.with_session(isolation_level="SERIALIZABLE")(work)() == "serializable"
+    assert psycopg.with_session(attempts=1)(work)(late) == "serializable"
+    with pytest.raises(InternalError) as error:
+        psycopg.run(work, "VACUUM")
+    assert not hasattr(error.value, "__notes__")
+
+
+@pytest.mark.parametrize("fault", ["cut before", "cut after"])
+@pytest.mark.parametrize("ending", ["COMMIT", "ROLLBACK"])
+def test_an_id_does_not_answer_for_the_transaction_after_it(
+    behind: Database, proxy: FaultProxy, ending: str, fault: Fault
+) -> None:
+    """What was ended by text has an outcome of its own, and the driver begins anew."""
+    calls: list[int] = []
+
+    def work(session: Session) -> None:
+        calls.append(1)
+        session.execute(text("SELECT 1"))
+        session.execute(text(ending))
+        session.add(Item(name="pear"))
+        session.flush()
+        proxy.aim(fault, b"COMMIT")
+
+    with pytest.raises(CommitUnknown):
+        behind.run(work)
+    assert calls == [1]
 
 
 @pytest.mark.parametrize("fault", ["cut before", "cut after"])

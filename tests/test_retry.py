@@ -140,6 +140,21 @@ def test_what_has_committed_once_never_runs_again(psycopg: Database) -> None:
     assert names(psycopg) == ["stored"]
 
 
+def test_what_has_committed_by_text_never_runs_again(psycopg: Database) -> None:
+    calls: list[int] = []
+
+    def work(session: Session) -> None:
+        calls.append(1)
+        session.execute(text("INSERT INTO item (name) VALUES ('pear')"))
+        session.execute(text("COMMIT"))
+        session.execute(text("DO $$BEGIN RAISE serialization_failure; END$$"))
+
+    with pytest.raises(OperationalError):
+        psycopg.run(work)
+    assert calls == [1]
+    assert names(psycopg) == ["pear"]
+
+
 def test_what_commits_each_statement_never_runs_again(psycopg: Database) -> None:
     work = Failing(times=9)
     with pytest.raises(OperationalError):

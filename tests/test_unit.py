@@ -1,8 +1,10 @@
 """A unit of work: commit at its normal end, rollback on any exception, always closed."""
 
 import gc
+import select as selecting
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 from sqlalchemy import Executable, delete, insert, select, text, update
@@ -393,6 +395,22 @@ def test_discard_closes_the_connection_that_another_thread_uses(postgres: Databa
     assert names(postgres) == ["next"]
     assert postgres.stats().in_use == 0
     sleeping.shutdown()
+
+
+def test_discard_frees_nothing_that_another_thread_is_using(psycopg: Database) -> None:
+    """libpq's connections are no thread's own: to close one under its user ends the process."""
+    unit = Unit(psycopg)
+    unit.admit()
+    driver: Any = unit.session.connection().connection.driver_connection
+    descriptor = driver.fileno()
+    with ThreadPoolExecutor(1) as thread:
+        with driver.lock:  # as it is in each of the driver's calls
+            discarding = thread.submit(unit.discard)
+            selecting.select([descriptor], [], [], 10)  # the call fails: its line is cut
+            assert not driver.closed
+        discarding.result(10)
+    assert driver.closed
+    unit.close()
 
 
 def test_refusing_a_second_entry_leaves_the_first_alone(database: Database) -> None:

@@ -125,17 +125,16 @@ class Backends:
 
         # In this context, where the deadline is known: limit_connecting().
         run = copy_context().run
+        done: Collection[object] = ()
         try:
             threading.Thread(
                 target=run, args=(work,), name="sessionscope-connect", daemon=True
             ).start()
-        except RuntimeError:  # no thread is to be had
-            self.give_back()
-            raise
-        done: Collection[object] = ()
-        try:
             done, _ = wait([opening], deadline.remaining)
-        finally:  # also after an interrupt
+        except RuntimeError as error:  # no thread is to be had
+            opening.set_exception(error)
+            raise
+        finally:  # also after an interrupt, which may come while the thread starts
             if not done:
                 opening.add_done_callback(lambda late: self._give_up(late, discard))
         if not done:
@@ -256,6 +255,17 @@ def keep_socket(driver_connection: Any) -> socket.socket | None:
         # Not os.dup(): on Windows sockets are handles, which that does not know.
         return socket.fromfd(number, -1, -1)
     return None
+
+
+def shut_down(driver_connection: Any) -> None:
+    """Cut the connection under its driver, whose call fails then, in whichever thread."""
+    kept = keep_socket(driver_connection)
+    if kept is None:
+        return
+    with kept, suppress(OSError):
+        # Else it was closed in this moment, and its number may be another connection's.
+        if descriptor(driver_connection) is not None:
+            kept.shutdown(socket.SHUT_RDWR)
 
 
 def wait_until_closed(kept: socket.socket, timeout: float) -> None:

@@ -27,7 +27,7 @@ from sessionscope._doom import (
     has_lost_transaction,
 )
 from sessionscope._guards import Scope
-from sessionscope._identity import IDENTITY, Identity, ask_late
+from sessionscope._identity import IDENTITY, Identity, ask_late, is_of_another
 from sessionscope._marker import Marker, leave_marker
 from sessionscope._places import describe
 from sessionscope._retry import mark, sqlstate_of
@@ -39,6 +39,9 @@ _COMMITTING = "sessionscope.committing"
 _REFUSED = "sessionscope.refused"
 # What the next user of a connection must not find in its info.
 _OF_ONE_USER = (UNIT, SUSPECT, LOST, WAS_OPEN, IDENTITY, _COMMITTING, _REFUSED)
+
+# active_sql_transaction: after a query, no SET TRANSACTION is allowed any more.
+_AFTER_A_QUERY = "25001"
 
 # What failed earlier in the transaction: the statement and the error.
 _Suspect = tuple[str | None, BaseException]
@@ -179,6 +182,8 @@ def _identify(
 ) -> Identity | Marker | None:
     """Return what the outcome of a transaction that is about to commit can be asked by."""
     identity: Identity | None = proxied.info.get(IDENTITY)
+    if identity is not None and is_of_another(identity, proxied):
+        return None
     if identity is not None and identity.xid is None:
         ask_late(identity, proxied)
     if outcome_table is not None and scope.may_run_again and not scope.read_only:
@@ -278,10 +283,31 @@ def _note_failure(context: ExceptionContext, database: str) -> BaseException | N
     if scope is not None and not scope.read_only and may_be_demoted(orig):
         info[_REFUSED] = error
     info[SUSPECT] = (context.statement, error)
+    if scope is not None and _has_ended_by_text(context, info):
+        scope.has_committed = True
+    if sqlstate_of(orig) == _AFTER_A_QUERY and info.get(IDENTITY) is not None:
+        _add_note_on_setting(error, context.statement)
     if has_lost_transaction(context):
         info[LOST] = True
         _refuse_further_statements(connection)
     return _unwritable(context) if connection.dialect.name == "sqlite" else None
+
+
+def _has_ended_by_text(context: ExceptionContext, info: dict[Any, Any]) -> bool:
+    identity: Identity | None = info.get(IDENTITY)
+    if identity is None or context.statement is None or context.is_disconnect:
+        return False
+    assert context.connection is not None
+    return is_of_another(identity, context.connection.connection)
+
+
+def _add_note_on_setting(error: BaseException, statement: str | None) -> None:
+    if statement is not None and statement.lstrip()[:3].upper() == "SET":  # VACUUM has it, too
+        error.add_note(
+            "sessionscope: a unit that may run again asks for its transaction's id together with "
+            "BEGIN. Write with_session(isolation_level=...) in place of SET TRANSACTION, or "
+            "attempts=1."
+        )
 
 
 def _refuse_further_statements(connection: Connection) -> None:

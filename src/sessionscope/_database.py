@@ -209,7 +209,9 @@ class Database(Generic[SessionT]):
         was lost is looked up on PostgreSQL (``pg_xact_status()``), elsewhere by the
         ``outcome_table``: done, or run again. For that each writing unit takes a transaction id
         at its BEGIN on PostgreSQL, for no round trip more (psycopg2: one before COMMIT; each new
-        connection: one); for what only reads, write ``with_session(read_only=True)``.
+        connection: one); for what only reads, write ``with_session(read_only=True)``. With the id
+        comes the snapshot of a REPEATABLE READ unit, before any LOCK TABLE, and ``SET TRANSACTION``
+        comes too late: write ``with_session(isolation_level=...)``, or ``attempts=1``.
         Not run again: what has committed once, what got a mapped object or an iterator as
         an argument, and what fails with CommitUnknown or with another database's error.
 

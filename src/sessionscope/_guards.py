@@ -229,6 +229,8 @@ def _leave_all_to_parent() -> None:
         scope: Scope | None = session.info.get(UNIT)
         if scope is not None and not scope.ended:
             scope.left = scope.ended = scope.forked = True
+            if scope.timer is not None:
+                scope.timer.leave_to_parent()
             _overlap.leave_to_parent(session)
         elif scope is None and session.in_transaction():
             _overlap.leave_to_parent(session)

@@ -146,6 +146,7 @@ def _with_libpq(scope: Scope, proxied: PoolProxiedConnection, limit: int | None)
     identity = info[IDENTITY] = _identity(
         scope, proxied, libpq.backend_pid, lambda: _value(send(driver, _WHICH_SERVER))
     )
+    driver._begin_statement = b""  # psycopg keeps there what it begins with by itself
     commands = [_begin_like(driver), *([_ID] if identity else ())]
     if limit is not None:
         limit = int(min(limit, info.get(_OWN, limit)))
@@ -180,6 +181,16 @@ def _with_psycopg2(scope: Scope, proxied: PoolProxiedConnection, limit: int | No
         return None
 
     proxied.info[IDENTITY] = _identity(scope, proxied, driver.info.backend_pid, ask)
+
+
+def is_of_another(identity: Identity, proxied: PoolProxiedConnection) -> bool:
+    """Return whether COMMIT or ROLLBACK sent as text has ended the transaction with that id."""
+    if identity.xid is None:
+        return False
+    driver: Any = proxied.driver_connection
+    if hasattr(driver, "riders"):  # asyncpg's
+        return not driver.is_in_transaction()
+    return bool(getattr(driver, "_begin_statement", b""))
 
 
 def ask_late(identity: Identity, proxied: PoolProxiedConnection) -> None:

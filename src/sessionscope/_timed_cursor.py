@@ -83,6 +83,9 @@ class TimedCursor:
 
 def _close(cursor: Any) -> None:
     """Close a cursor whose connection is closed."""
+    result: Any = getattr(cursor, "_result", None)
+    if hasattr(result, "unbuffered_active"):  # PyMySQL would read the rest, and complain
+        result.unbuffered_active = False
     with suppress(Exception):
         cursor.close()
 

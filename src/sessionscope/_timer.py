@@ -175,6 +175,10 @@ class Timer:
                     break
         return self.cut
 
+    def leave_to_parent(self) -> None:
+        """Let the unit end in a forked child, whose parent's threads may have held the lock."""
+        self._lock = threading.RLock()
+
     def end(self) -> None:
         """Note that the unit has ended."""
         with self._lock:
