@@ -11,8 +11,10 @@ from sqlalchemy.engine.interfaces import Dialect
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 from sqlalchemy.util.concurrency import in_greenlet
 
+from sessionscope import Unit
 from sessionscope.testing._errors import SandboxError
-from sessionscope.testing._stack import Stack, Transaction
+from sessionscope.testing._stack import Stack
+from sessionscope.testing._transaction import Transaction
 
 _LEVELS = ("AUTOCOMMIT", "READ COMMITTED", "READ UNCOMMITTED", "REPEATABLE READ", "SERIALIZABLE")
 
@@ -125,6 +127,7 @@ class SandboxPool(NullPool):
         record = super()._do_get()
         stand_in: Any = record.dbapi_connection
         stand_in.belong_to(record.info)
+        Unit.let_idle(record.info)  # the test's own session waits for all that the test starts
         return record
 
     def recreate(self) -> "SandboxPool":

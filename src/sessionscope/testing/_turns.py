@@ -64,7 +64,7 @@ class Turns:
 
     @property
     def is_inside(self) -> bool:
-        """Whether this thread has the turn, or is about to: then it must not ask for another.
+        """Whether this thread has the turn, or is about to, or is in the way of who has it.
 
         It does so in the garbage collector, which may find an abandoned session at any line, those
         under the lock included.
@@ -76,9 +76,7 @@ class Turns:
         self, is_possible: Callable[[], bool], too_late: Callable[[], Exception]
     ) -> Generator[None]:
         """Wait until no one has the turn and *is_possible*, else raise what *too_late* returns."""
-        thread = threading.get_ident()
-        self._inside.add(thread)
-        try:
+        with self.inside():
             waiter = self._take_or_queue(is_possible)
             if waiter is not None:
                 self._wait(waiter, too_late)
@@ -86,6 +84,14 @@ class Turns:
                 yield
             finally:
                 self._pass_on()
+
+    @contextmanager
+    def inside(self) -> Generator[None]:
+        """Let what the garbage collector finds meanwhile in this thread not wait for a turn."""
+        thread = threading.get_ident()
+        self._inside.add(thread)
+        try:
+            yield
         finally:
             self._inside.discard(thread)
 
