@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextvars import copy_context
 from functools import partial
+from typing import Any
 
 import anyio
 import anyio.lowlevel
@@ -23,7 +24,7 @@ from sessionscope.exc import (
     TransactionDoomed,
 )
 from sessionscope.integrations.fastapi import install, session_per_request
-from sessionscope.testing import SandboxError, async_sandbox
+from sessionscope.testing import SandboxError, _turns, async_sandbox
 from tests.async_drivers import (
     create_tables,
     names,
@@ -183,6 +184,71 @@ async def test_a_task_that_is_cancelled_in_the_line_leaves_it(boxed: AsyncDataba
     await asyncio.create_task(hold())
     await write("after it")
     assert sorted(await names(boxed)) == ["after it", "held"]
+
+
+@pytest.fixture
+def in_line(monkeypatch: pytest.MonkeyPatch) -> asyncio.Event:
+    """Set as soon as a task waits for its turn."""
+    event = asyncio.Event()
+    wait = _turns._TaskWaiter.wait
+
+    def tell_and_wait(waiter: Any) -> None:
+        event.set()
+        wait(waiter)
+
+    monkeypatch.setattr(_turns._TaskWaiter, "wait", tell_and_wait)
+    return event
+
+
+@on_one_of_each_kind
+async def test_who_waits_for_one_whose_connection_is_thrown_away_goes_on(
+    boxed: AsyncDatabase, in_line: asyncio.Event
+) -> None:
+    """As at the end of a unit that was cancelled."""
+
+    async def write() -> None:
+        async with boxed.sessionmaker.begin() as session:
+            await flush(session, "pear")
+
+    async def hold() -> None:
+        session = boxed.sessionmaker()
+        await flush(session, "gone")
+        waiting = asyncio.get_running_loop().create_task(write(), context=clean)
+        await in_line.wait()
+        await session.invalidate()
+        await asyncio.wait_for(waiting, _turns.PATIENCE / 2)
+
+    clean = copy_context()
+    await asyncio.create_task(hold())
+    assert await names(boxed) == ["pear"]
+
+
+@on_one_of_each_kind
+async def test_a_rollback_that_is_cancelled_in_the_line_is_made_up_for(
+    boxed: AsyncDatabase, in_line: asyncio.Event
+) -> None:
+    has_written, may_end = asyncio.Event(), asyncio.Event()
+
+    async def inner() -> None:
+        async with boxed.sessionmaker() as session:
+            await flush(session, "inner")
+            has_written.set()
+            await may_end.wait()
+
+    async def outer() -> None:
+        async with boxed.sessionmaker() as session:
+            await flush(session, "outer")
+            beside = asyncio.create_task(inner())
+            await has_written.wait()
+            rolling_back = asyncio.create_task(session.rollback())
+            await in_line.wait()
+            rolling_back.cancel()
+            await asyncio.wait([rolling_back])
+            may_end.set()
+            await beside
+
+    await asyncio.create_task(outer())
+    assert await names(boxed) == []
 
 
 async def test_a_statement_that_ends_the_transaction_fails_the_test(

@@ -331,6 +331,20 @@ def test_a_savepoint_that_is_rolled_back_dooms_another_one_that_has_written_sinc
     assert names(boxed) == ["own"]
 
 
+def test_who_was_undone_may_roll_back_out_of_a_savepoint(boxed: Database) -> None:
+    """Which is gone; the rollback is the mend, and must not fail for that."""
+    with boxed.sessionmaker() as own, boxed.sessionmaker() as other:
+        flush(own, "own")
+        flush(other, "other")
+        own.begin_nested()
+        flush(own, "in the savepoint")
+        other.rollback()
+        own.rollback()
+        flush(own, "again")
+        own.commit()
+    assert names(boxed) == ["again"]
+
+
 def test_it_is_said_that_a_commit_was_undone_by_one_that_had_begun_later(boxed: Database) -> None:
     with boxed.sessionmaker() as own, boxed.sessionmaker() as other:
         flush(own, "first")
@@ -384,6 +398,18 @@ def test_what_a_raw_cursor_has_written_is_rolled_back_though_its_session_has_rea
         assert names(boxed) == ["pear"]
         own.rollback()
     assert names(boxed) == []
+
+
+def test_it_is_said_that_the_commit_of_what_a_raw_cursor_has_written_was_undone(
+    boxed: Database,
+) -> None:
+    with boxed.sessionmaker() as own, boxed.sessionmaker() as other:
+        flush(own, "own")
+        other.connection().connection.cursor().execute("INSERT INTO item (name) VALUES ('pear')")
+        other.commit()
+        own.rollback()
+        with pytest.warns(RuntimeWarning, match=r"has committed was undone .*test_sandbox\.py"):
+            assert names(boxed) == []
 
 
 def flush(session: Session, name: str) -> None:

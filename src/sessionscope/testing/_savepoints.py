@@ -62,9 +62,7 @@ class Savepoints:
 
     def expect_write(self, transaction: Transaction) -> None:
         """Note that *transaction* may write what no one sees, and has if it was to before."""
-        if transaction.unseen is not None:
-            transaction.wrote = True
-            self._writes.add((transaction.unseen, transaction))
+        self._count_unseen(transaction)
         transaction.unseen = self._latest
 
     def note_write(self, transaction: Transaction) -> None:
@@ -108,22 +106,29 @@ class Savepoints:
 
     def end(self, transaction: Transaction) -> None:
         """Release the savepoints on top of which nothing goes on any more."""
+        self._count_unseen(transaction)
         transaction.ended = True
         self._give_up_reader(transaction)
         first = len(self._stack)
         while first and self._can_be_released(self._stack[first - 1]):
             first -= 1
         if first < len(self._stack):
-            self._connection.send(f"RELEASE SAVEPOINT {self._stack[first].savepoint}")
+            lowest = self._stack[first].savepoint
             for ended in self._stack[first:]:
                 ended.savepoint = None
             del self._stack[first:]
-        if not self._stack:
-            self._writes.clear()  # no one is left whose rollback would undo them
+            if not self._stack:
+                self._writes.clear()  # no one is left whose rollback would undo them
+            self._connection.send(f"RELEASE SAVEPOINT {lowest}")  # goes on if it is cancelled
 
     def _next_number(self) -> int:
         self._latest = next(self._numbers)
         return self._latest
+
+    def _count_unseen(self, transaction: Transaction) -> None:
+        if transaction.unseen is not None:
+            transaction.wrote = True
+            self._writes.add((transaction.unseen, transaction))
 
     def _can_be_released(self, transaction: Transaction) -> bool:
         # That would end what another one has made since, and may still go back to.

@@ -16,9 +16,10 @@ beneath, the test's own if one is open, and are undone with that. Whoever goes o
 may lose rows by the rollback of another one, and is told (see _savepoints).
 """
 
+import asyncio
 import warnings
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -51,6 +52,7 @@ class Stack:
         self.is_over = False
         self._savepoints = Savepoints(self._connection)
         self._turns = Turns(is_async=self.is_async)
+        self._loop = asyncio._get_running_loop() if self.is_async else None
         self._running = Running(self.real, connect)
         self._abandoned: list[Transaction] = []
 
@@ -98,6 +100,7 @@ class Stack:
         """End the statement that is running if it is *transaction*'s, and not the connection."""
         with self._turns.inside():
             self._running.end(transaction)
+            self._turns.look_again()
 
     def commit(self, transaction: Transaction) -> None:
         """Let the transactions beneath have what *transaction* has written."""
@@ -116,14 +119,21 @@ class Stack:
             return
         if self._connection.is_forked:
             return
-        with self._turn(transaction):
-            self._savepoints.undo(transaction)
+        try:
+            with self._turn(transaction):
+                self._savepoints.undo(transaction)
+        except (asyncio.CancelledError, PoolBusy):
+            self.abandon(transaction)  # its user will not ask again
+            raise
 
     def abandon(self, transaction: Transaction | None) -> None:
         """End a transaction at the next turn: the garbage collector can wait for nothing."""
         if transaction is not None and transaction.savepoint is not None:
             transaction.abandoned = True
             self._abandoned.append(transaction)
+            if self._loop is not None:  # not now: the lock of the turns may be this thread's
+                with suppress(RuntimeError):  # closed
+                    self._loop.call_soon_threadsafe(self._turns.look_again)
 
     def finish(self, *, check: bool) -> None:
         """Roll everything back, and raise what the test could not see of its own.

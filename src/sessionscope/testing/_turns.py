@@ -95,6 +95,12 @@ class Turns:
         finally:
             self._inside.discard(thread)
 
+    def look_again(self) -> None:
+        """Let in who waited for one that has given up without a turn, if no one has it."""
+        with self._lock:
+            if not self._is_taken:
+                self._give_to_the_first()
+
     def _take_or_queue(self, is_possible: Callable[[], bool]) -> _Waiter | None:
         with self._lock:
             if not self._is_taken and is_possible():
@@ -122,11 +128,14 @@ class Turns:
             return waiter.granted
 
     def _pass_on(self) -> None:
-        """Give the turn to the first in line who can use it now."""
         with self._lock:
-            following = next((waiter for waiter in self._line if waiter.may_go()), None)
-            self._is_taken = following is not None
-            if following is not None:
-                self._line.remove(following)
-                following.granted = True
-                following.wake()
+            self._give_to_the_first()
+
+    def _give_to_the_first(self) -> None:
+        """Give the turn to the first in line who can use it now."""
+        following = next((waiter for waiter in self._line if waiter.may_go()), None)
+        self._is_taken = following is not None
+        if following is not None:
+            self._line.remove(following)
+            following.granted = True
+            following.wake()
