@@ -4,20 +4,27 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextvars import copy_context
 from functools import partial
+from typing import Any
 
 import anyio
+import anyio.lowlevel
 import httpx2
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from sqlalchemy import func, insert, select, text
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from sessionscope import AsyncDatabase, Database, after_commit
-from sessionscope.exc import ConfigurationError, ReadOnlyUnit
+from sessionscope import AsyncDatabase, Database, _overlap, after_commit
+from sessionscope.exc import (
+    ConfigurationError,
+    IdleInTransactionWarning,
+    ReadOnlyUnit,
+    TransactionDoomed,
+)
 from sessionscope.integrations.fastapi import install, session_per_request
-from sessionscope.testing import SandboxError, async_sandbox
+from sessionscope.testing import SandboxError, _turns, async_sandbox
 from tests.async_drivers import (
     create_tables,
     names,
@@ -71,6 +78,54 @@ async def test_hooks_run(boxed: AsyncDatabase) -> None:
         session.add(Item(name="pear"))
         after_commit(session, ran.append, "committed")
     assert ran == ["committed"]
+
+
+@on_one_of_each_kind
+async def test_a_rollback_dooms_another_one_that_has_written_since(boxed: AsyncDatabase) -> None:
+    """It began before, and would have lost one of its two rows in silence."""
+    async with boxed.sessionmaker() as own, boxed.sessionmaker() as other:
+        await flush(own, "first")
+        await flush(other, "other")
+        await flush(own, "second")
+        await other.rollback()
+        with pytest.raises(TransactionDoomed, match=r"rows were undone .*session\.commit\(\)"):
+            await own.commit()
+    assert await names(boxed) == []
+
+
+@on_one_of_each_kind
+async def test_a_savepoint_that_is_rolled_back_dooms_another_one_that_has_written_since(
+    boxed: AsyncDatabase,
+) -> None:
+    async with boxed.sessionmaker() as own, boxed.sessionmaker() as other:
+        await flush(own, "own")
+        await flush(other, "first")
+        savepoint = await own.begin_nested()
+        await flush(own, "in the savepoint")
+        await flush(other, "second")
+        await savepoint.rollback()
+        with pytest.raises(TransactionDoomed, match=r"rows were undone .*session\.commit\(\)"):
+            await other.commit()
+    assert await names(boxed) == []
+
+
+@on_one_of_each_kind
+async def test_it_is_said_that_a_commit_was_undone_by_one_that_had_begun_later(
+    boxed: AsyncDatabase,
+) -> None:
+    async with boxed.sessionmaker() as own, boxed.sessionmaker() as other:
+        await flush(own, "first")
+        await flush(other, "other")
+        await flush(own, "second")
+        await own.commit()
+        await other.rollback()
+        with pytest.warns(RuntimeWarning, match="has committed was undone"):
+            assert await names(boxed) == ["first"]
+
+
+async def flush(session: AsyncSession, name: str) -> None:
+    session.add(Item(name=name))
+    await session.flush()
 
 
 @on_one_of_each_kind
@@ -129,6 +184,71 @@ async def test_a_task_that_is_cancelled_in_the_line_leaves_it(boxed: AsyncDataba
     await asyncio.create_task(hold())
     await write("after it")
     assert sorted(await names(boxed)) == ["after it", "held"]
+
+
+@pytest.fixture
+def in_line(monkeypatch: pytest.MonkeyPatch) -> asyncio.Event:
+    """Set as soon as a task waits for its turn."""
+    event = asyncio.Event()
+    wait = _turns._TaskWaiter.wait
+
+    def tell_and_wait(waiter: Any) -> None:
+        event.set()
+        wait(waiter)
+
+    monkeypatch.setattr(_turns._TaskWaiter, "wait", tell_and_wait)
+    return event
+
+
+@on_one_of_each_kind
+async def test_who_waits_for_one_whose_connection_is_thrown_away_goes_on(
+    boxed: AsyncDatabase, in_line: asyncio.Event
+) -> None:
+    """As at the end of a unit that was cancelled."""
+
+    async def write() -> None:
+        async with boxed.sessionmaker.begin() as session:
+            await flush(session, "pear")
+
+    async def hold() -> None:
+        session = boxed.sessionmaker()
+        await flush(session, "gone")
+        waiting = asyncio.get_running_loop().create_task(write(), context=clean)
+        await in_line.wait()
+        await session.invalidate()
+        await asyncio.wait_for(waiting, _turns.PATIENCE / 2)
+
+    clean = copy_context()
+    await asyncio.create_task(hold())
+    assert await names(boxed) == ["pear"]
+
+
+@on_one_of_each_kind
+async def test_a_rollback_that_is_cancelled_in_the_line_is_made_up_for(
+    boxed: AsyncDatabase, in_line: asyncio.Event
+) -> None:
+    has_written, may_end = asyncio.Event(), asyncio.Event()
+
+    async def inner() -> None:
+        async with boxed.sessionmaker() as session:
+            await flush(session, "inner")
+            has_written.set()
+            await may_end.wait()
+
+    async def outer() -> None:
+        async with boxed.sessionmaker() as session:
+            await flush(session, "outer")
+            beside = asyncio.create_task(inner())
+            await has_written.wait()
+            rolling_back = asyncio.create_task(session.rollback())
+            await in_line.wait()
+            rolling_back.cancel()
+            await asyncio.wait([rolling_back])
+            may_end.set()
+            await beside
+
+    await asyncio.create_task(outer())
+    assert await names(boxed) == []
 
 
 async def test_a_statement_that_ends_the_transaction_fails_the_test(
@@ -214,6 +334,59 @@ async def test_a_unit_runs_again_once_its_savepoint_is_rolled_back(boxed: AsyncD
     await boxed.run(add)
     assert len(set(attempts)) == 3
     assert await names(boxed) == ["pear"]
+
+
+@on_postgres
+async def test_a_unit_that_runs_again_leaves_the_tests_own_rows_alone(
+    boxed: AsyncDatabase,
+) -> None:
+    """They were flushed and not committed, by the session around it."""
+    attempts: list[None] = []
+
+    @boxed.with_session(attempts=2)
+    async def add(session: AsyncSession) -> None:
+        attempts.append(None)
+        await flush(session, "pear")
+        await session.execute(text("DO $$ BEGIN RAISE serialization_failure; END $$"))
+
+    async with boxed.sessionmaker() as own:
+        await flush(own, "own")
+        with pytest.raises(DBAPIError):
+            await add()
+        assert (await own.scalars(select(Item.name))).all() == ["own"]
+        await own.commit()
+    assert len(attempts) == 2
+    assert await names(boxed) == ["own"]
+
+
+async def test_the_tests_own_session_may_wait_for_what_it_has_started(
+    boxed: AsyncDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_overlap, "IDLE_SECONDS", -1.0)
+
+    @boxed.with_session()
+    async def work(session: AsyncSession) -> None:
+        await flush(session, "unit")
+        await flush(session, "another")
+
+    async with boxed.sessionmaker() as own:
+        await flush(own, "own")
+        with pytest.warns(IdleInTransactionWarning):
+            await work()
+        await own.commit()
+
+
+async def test_one_that_is_left_by_a_cancellation_leaves_nothing(
+    async_database: AsyncDatabase,
+) -> None:
+    """In a cancelled scope every await is cancelled, those of the clean-up as well."""
+    for _ in range(2):
+        with anyio.CancelScope() as scope:
+            async with async_sandbox(async_database), async_database.begin() as session:
+                await flush(session, "pear")
+                scope.cancel()
+                await anyio.lowlevel.checkpoint()
+        assert await names(async_database) == []
 
 
 async def test_a_synchronous_database_needs_the_other_one() -> None:

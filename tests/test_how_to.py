@@ -1,6 +1,9 @@
 """The code of the pages in docs/how-to runs, as their reader would run it."""
 
+import ast
 import re
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -201,6 +204,45 @@ def test_a_page_with_an_async_database_says_what_that_needs(page: str) -> None:
     if any("async_database" in block for block in blocks(path) if "def test_" in block):
         assert re.search(r'pip install "\.\[[^]]*\basyncio\b', text)
         assert "test-with-sandbox.md#async-def" in text or page == "test-with-sandbox"
+
+
+# What a module needs beside the package that is named like it.
+NEEDS = {
+    "database": "psycopg",
+    "litestar.testing": "httpx2",
+    "fastapi.testclient": "httpx2",
+    "starlette.testclient": "httpx2",
+}
+
+
+@pytest.mark.parametrize("page", [*TESTS, "test-with-sandbox"])
+def test_the_install_line_of_a_page_has_all_that_its_code_imports(page: str) -> None:
+    """Into a fresh environment, from a clone; the database is the README's, on PostgreSQL."""
+    path = ROOT / "docs" / "how-to" / f"{page}.md"
+    line = re.search(r'pip install "\.\[([^]]*)\]"(.*)', path.read_text(encoding="utf-8"))
+    assert line is not None
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    required = [*project["dependencies"], *(each for e in line[1].split(",") for each in extras[e])]
+    installed = {
+        re.split(r"[^\w-]", each.strip('"`.'))[0].lower() for each in [*required, *line[2].split()]
+    }
+    files = {named[1].removesuffix(".py") for b in blocks(path) if (named := NAME.match(b))}
+    own = {*files, "crud", "models", "sessionscope"}
+    needed = {NEEDS.get(module, module.partition(".")[0]) for module in imports_of(page)}
+    assert needed - own - sys.stdlib_module_names <= installed
+
+
+def imports_of(page: str) -> set[str]:
+    """Return the modules that the code of a page imports."""
+    modules = set[str]()
+    for block in blocks(ROOT / "docs" / "how-to" / f"{page}.md"):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.Import):
+                modules.update(alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                modules.add(node.module or "")
+    return modules
 
 
 @pytest.mark.parametrize("page", TESTS)

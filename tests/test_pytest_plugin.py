@@ -190,11 +190,83 @@ def test_a_commit_that_escapes_fails_the_guilty_test_by_name(project: pytest.Pyt
     )
 
 
-def test_a_fixture_without_a_database_says_what_to_write(pytester: pytest.Pytester) -> None:
-    pytester.makepyfile("def test_it(session): pass")
+@pytest.mark.parametrize(
+    ("test", "name"),
+    [
+        ("def test_it(session): pass", "database"),
+        ("@pytest.mark.anyio\nasync def test_it(async_session): pass", "async_database"),
+    ],
+)
+def test_a_fixture_without_a_database_says_what_to_write(
+    pytester: pytest.Pytester, test: str, name: str
+) -> None:
+    backend = "@pytest.fixture\ndef anyio_backend():\n    return 'asyncio'\n"
+    pytester.makepyfile(f"import pytest\n\n{backend}\n{test}")
     result = run(pytester, "-p", "no:asyncio")
     result.assert_outcomes(errors=1)
-    result.stdout.fnmatch_lines(["*def sessionscope_database():*"])
+    result.stdout.fnmatch_lines(
+        [f"*def sessionscope_{name}():*", f"*return my_application.{name}*"]
+    )
+
+
+PARAMETRIZED = """
+import pytest
+import application
+from sessionscope.testing import async_sandbox, sandbox
+
+application.Base.metadata.create_all(application.database.engine)
+
+@pytest.fixture(scope="session", params=["one", "other"])
+def sessionscope_database(request):
+    yield application.database
+    application.database.dispose()
+
+@pytest.fixture(scope="session", params=["one", "other"])
+def sessionscope_async_database(request):
+    return application.async_database
+
+@pytest.fixture
+def anyio_backend():
+    return "asyncio"
+"""
+
+PARAMETRIZED_NEARER = """
+@pytest.fixture(params=["one", "other"])
+def database(request, sessionscope_database):
+    with sandbox(sessionscope_database):
+        yield sessionscope_database
+
+@pytest.fixture(params=["one", "other"])
+async def async_database(request, anyio_backend, sessionscope_async_database):
+    async with async_sandbox(sessionscope_async_database):
+        yield sessionscope_async_database
+    await sessionscope_async_database.dispose()
+"""
+
+TESTS_OF_SESSIONS_ALONE = """
+import pytest
+from application import Item
+from sqlalchemy import select
+
+def test_it(session):
+    session.add(Item(name="pear"))
+    session.commit()
+
+@pytest.mark.anyio
+async def test_async(async_session):
+    assert (await async_session.scalars(select(Item))).all() == []
+"""
+
+
+@pytest.mark.parametrize(("nearer", "each"), [("", 2), (PARAMETRIZED_NEARER, 4)])
+@pytest.mark.parametrize("project", ["sqlite"], indirect=True)
+def test_a_database_with_parameters_runs_the_tests_of_its_sessions_with_each(
+    project: pytest.Pytester, nearer: str, each: int
+) -> None:
+    """Also those that ask for a session alone, with the fixture beneath it, or both, overridden."""
+    project.makeconftest(PARAMETRIZED + nearer)
+    project.makepyfile(test_items=TESTS_OF_SESSIONS_ALONE)
+    run(project, "-p", "no:asyncio").assert_outcomes(passed=2 * each)
 
 
 @pytest.mark.parametrize(
@@ -225,7 +297,7 @@ def test_an_asynchronous_fixture_in_a_plain_test_says_so(project: pytest.Pyteste
     project.makepyfile("def test_it(async_session): pass")
     result = run(project, "-p", "no:asyncio")
     result.assert_outcomes(errors=1)
-    result.stdout.fnmatch_lines(["*async_session needs a test that is run on an event loop*"])
+    result.stdout.fnmatch_lines(["*async_session need a test that is run on an event loop*"])
 
 
 def test_pytest_starts_without_sqlalchemy_where_no_fixture_is_used(

@@ -3,30 +3,34 @@
 import asyncio
 import gc
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from pathlib import Path
 from time import monotonic
 from typing import Any
 
 import pytest
-from sqlalchemy import create_engine, func, insert, select, text
+from sqlalchemy import Connection, create_engine, func, insert, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
 from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.pool import StaticPool
 
-from sessionscope import AsyncDatabase, Database, after_commit
+from sessionscope import AsyncDatabase, Database, _overlap, after_commit
 from sessionscope.exc import (
     ConfigurationError,
     DeadlineExceeded,
+    IdleInTransactionWarning,
     NestedUnit,
     PoolBusy,
     ReadOnlyUnit,
     SessionLeakWarning,
     TransactionDoomed,
 )
-from sessionscope.testing import SandboxError, sandbox
+from sessionscope.testing import SandboxError, _running, _turns, sandbox
 from sessionscope.testing._turns import PATIENCE
 from tests.models import Base, Item, Note, create_tables, names
 
@@ -298,6 +302,128 @@ def test_it_is_said_that_a_unit_was_undone_with_a_savepoint(boxed: Database) -> 
             assert own.scalars(select(Item)).all() == []
 
 
+def test_a_rollback_dooms_another_one_that_has_written_since(boxed: Database) -> None:
+    """It began before, and would have lost one of its two rows in silence."""
+    with boxed.sessionmaker() as own, boxed.sessionmaker() as other:
+        flush(own, "first")
+        flush(other, "other")
+        flush(own, "second")
+        other.rollback()
+        with pytest.raises(TransactionDoomed, match=_WHERE_AND_WHAT):
+            own.commit()
+    assert names(boxed) == []
+
+
+def test_a_savepoint_that_is_rolled_back_dooms_another_one_that_has_written_since(
+    boxed: Database,
+) -> None:
+    with boxed.sessionmaker() as own, boxed.sessionmaker() as other:
+        flush(own, "own")
+        flush(other, "first")
+        savepoint = own.begin_nested()
+        flush(own, "in the savepoint")
+        flush(other, "second")
+        savepoint.rollback()
+        with pytest.raises(TransactionDoomed, match=_WHERE_AND_WHAT):
+            other.commit()
+        other.rollback()
+        own.commit()
+    assert names(boxed) == ["own"]
+
+
+def test_who_was_undone_may_roll_back_out_of_a_savepoint(boxed: Database) -> None:
+    """Which is gone; the rollback is the mend, and must not fail for that."""
+    with boxed.sessionmaker() as own, boxed.sessionmaker() as other:
+        flush(own, "own")
+        flush(other, "other")
+        own.begin_nested()
+        flush(own, "in the savepoint")
+        other.rollback()
+        own.rollback()
+        flush(own, "again")
+        own.commit()
+    assert names(boxed) == ["again"]
+
+
+def test_it_is_said_that_a_commit_was_undone_by_one_that_had_begun_later(boxed: Database) -> None:
+    with boxed.sessionmaker() as own, boxed.sessionmaker() as other:
+        flush(own, "first")
+        flush(other, "other")
+        flush(own, "second")
+        own.commit()
+        other.rollback()
+        with pytest.warns(RuntimeWarning, match=r"has committed was undone .*test_sandbox\.py"):
+            assert names(boxed) == ["first"]
+
+
+@pytest.mark.parametrize("is_kept", [True, False])
+def test_a_savepoint_is_still_there_when_another_transaction_has_ended(
+    boxed: Database, is_kept: bool
+) -> None:
+    """That began before the savepoint was made, and is beneath it."""
+    with boxed.sessionmaker() as own, boxed.sessionmaker() as other:
+        flush(own, "own")
+        flush(other, "other")
+        savepoint = own.begin_nested()
+        flush(own, "in the savepoint")
+        other.commit()
+        (savepoint.commit if is_kept else savepoint.rollback)()
+        own.commit()
+    assert sorted(names(boxed)) == [*["in the savepoint"] * is_kept, "other", "own"]
+
+
+def test_a_savepoint_that_ends_leaves_one_that_another_has_made_since(boxed: Database) -> None:
+    with boxed.sessionmaker() as own, boxed.sessionmaker() as other:
+        flush(own, "own")
+        flush(other, "other")
+        savepoint = own.begin_nested()
+        flush(own, "in the savepoint")
+        another = other.begin_nested()
+        flush(other, "undone")
+        savepoint.commit()
+        another.rollback()
+        other.commit()
+        own.commit()
+    assert sorted(names(boxed)) == ["in the savepoint", "other", "own"]
+
+
+def test_what_a_raw_cursor_has_written_is_rolled_back_though_its_session_has_read_since(
+    boxed: Database,
+) -> None:
+    with boxed.sessionmaker() as own:
+        cursor = own.connection().connection.cursor()
+        cursor.execute("INSERT INTO item (name) VALUES ('pear')")
+        cursor.close()
+        own.scalar(select(1))
+        assert names(boxed) == ["pear"]
+        own.rollback()
+    assert names(boxed) == []
+
+
+def test_it_is_said_that_the_commit_of_what_a_raw_cursor_has_written_was_undone(
+    boxed: Database,
+) -> None:
+    with boxed.sessionmaker() as own, boxed.sessionmaker() as other:
+        flush(own, "own")
+        other.connection().connection.cursor().execute("INSERT INTO item (name) VALUES ('pear')")
+        other.commit()
+        own.rollback()
+        with pytest.warns(RuntimeWarning, match=r"has committed was undone .*test_sandbox\.py"):
+            assert names(boxed) == []
+
+
+def flush(session: Session, name: str) -> None:
+    session.add(Item(name=name))
+    session.flush()
+
+
+# Both places, and the line to write instead.
+_WHERE_AND_WHAT = (
+    r"begun at .*test_sandbox\.py:\d+ \(flush\).* by the rollback of .*"
+    r"test_sandbox\.py:\d+ \(flush\).*session\.commit\(\)"
+)
+
+
 def test_a_savepoint_may_be_sent_as_text(boxed: Database) -> None:
     with boxed.begin() as session:
         session.execute(text("SAVEPOINT by_hand;"))
@@ -564,6 +690,59 @@ def test_16_threads_with_100_statements_each_share_the_connection(boxed: Databas
     assert set(names(boxed)) == expected | {"own"}
 
 
+def test_the_tests_own_session_may_wait_for_what_it_has_started(
+    boxed: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It holds up no one meanwhile; a unit of the application's would in production."""
+    monkeypatch.setattr(_overlap, "IDLE_SECONDS", -1.0)
+
+    @boxed.with_session()
+    def work(session: Session) -> None:
+        flush(session, "unit")
+        flush(session, "another")
+
+    with boxed.sessionmaker() as own:
+        flush(own, "own")
+        with pytest.warns(IdleInTransactionWarning):
+            work()
+        own.commit()
+
+
+@on_one_server
+def test_who_waits_for_its_turn_is_not_idle(
+    boxed: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A minute by the clock of the guard, in the middle of a unit."""
+    has_written, waits = threading.Event(), threading.Event()
+    time = [0.0]
+    wait = _turns._ThreadWaiter.wait
+
+    def wait_a_minute(waiter: Any) -> None:
+        time[0] += 60.0
+        waits.set()
+        wait(waiter)
+
+    def hold() -> None:
+        with boxed.engine.begin() as connection:
+            connection.execute(insert(Item).values(name="held"))
+            has_written.set()
+            waits.wait()
+
+    def work() -> None:
+        has_written.wait()
+        with boxed.begin() as session:
+            flush(session, "waited")
+            flush(session, "went on")
+
+    monkeypatch.setattr(_overlap, "monotonic", lambda: time[0])
+    monkeypatch.setattr(_turns._ThreadWaiter, "wait", wait_a_minute)
+    with ThreadPoolExecutor(2) as threads:
+        for done in (threads.submit(hold), threads.submit(work)):
+            done.result()
+    assert time[0] >= 60.0
+    assert sorted(names(boxed)) == ["held", "waited", "went on"]
+
+
 def test_whoever_has_read_only_holds_up_no_one(boxed: Database) -> None:
     """A reader in another thread, in its unit all the while, and a writer in this one."""
     has_read, may_end = threading.Event(), threading.Event()
@@ -644,18 +823,53 @@ def test_a_session_that_is_collected_inside_does_not_wait_for_its_own_thread(
         driver: Any = connection.connection.driver_connection
         driver.create_function("collect", 0, gc.collect)
 
-    def leak() -> None:
-        session = boxed.sessionmaker()
-        session.info["itself"] = session
-        session.add(Item(name="leaked"))
-        session.flush()
-
-    leak()
+    leak(boxed)
     began = monotonic()
     with pytest.warns(SessionLeakWarning, match="test_sandbox"), boxed.engine.connect() as other:
         other.execute(text("SELECT collect()"))
     assert monotonic() - began < PATIENCE / 2
     assert names(boxed) == []
+
+
+def test_a_session_that_is_collected_while_another_thread_is_interrupted_waits_for_no_one(
+    sqlite: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the thread that ends a statement would wait for the end of that statement."""
+    runs = threading.Event()
+    interrupt = _running.Running._end
+
+    def collect_first(running: Any) -> None:
+        gc.collect()
+        interrupt(running)
+
+    def run(connection: Connection) -> None:
+        with pytest.raises(OperationalError, match="interrupted"):
+            connection.execute(text(_SLEEPS["sqlite"].replace("SELECT 1", "SELECT tell()")))
+
+    monkeypatch.setattr(_running.Running, "_end", collect_first)
+    with sandbox(sqlite), sqlite.engine.connect() as connection, ThreadPoolExecutor(1) as threads:
+        stand_in: Any = connection.connection.driver_connection
+        stand_in.create_function("tell", 0, runs.set)
+        gc.disable()  # not before it is asked to
+        try:
+            leak(sqlite)
+            running = threads.submit(run, connection)
+            runs.wait()
+            began = monotonic()
+            with pytest.warns(SessionLeakWarning):
+                stand_in.cancel_safe()
+            assert monotonic() - began < PATIENCE / 2
+            running.result()
+        finally:
+            gc.enable()
+    assert names(sqlite) == []
+
+
+def leak(database: Database) -> None:
+    """Leave a session that has written to the garbage collector."""
+    session = database.sessionmaker()
+    session.info["itself"] = session
+    flush(session, "leaked")
 
 
 @pytest.mark.parametrize("url", ["sqlite-file"], indirect=True)
@@ -863,17 +1077,27 @@ def test_one_on_the_engine_of_another_is_refused(boxed: Database) -> None:
             pass
 
 
-def test_a_session_that_is_collected_in_the_middle_of_a_turn_does_not_wait_for_itself(
-    sqlite: Database,
-) -> None:
-    with sandbox(sqlite), sqlite.begin() as session:
-        driver_connection: Any = session.connection().connection.driver_connection
-        driver_connection.create_function("collect", 0, lambda: gc.collect() and 0)
-        lost: Any = sqlite.sessionmaker()
-        lost.execute(select(1))
-        lost.itself = lost
-        del lost
-        started = monotonic()
-        with pytest.warns(SessionLeakWarning):
-            session.execute(text("SELECT collect()"))
-        assert monotonic() - started < 5
+def test_one_that_is_left_open_when_the_interpreter_ends_stores_nothing(sqlite: Database) -> None:
+    script = f"""
+from sessionscope import Database
+from sessionscope.testing import sandbox
+from tests.models import Item
+
+database = Database({sqlite.engine.url.render_as_string()!r})
+box = sandbox(database)
+box.__enter__()
+session = database.sessionmaker()
+session.add(Item(name="pear"))
+session.commit()
+print("written")
+"""
+    finished = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=Path(__file__).parent.parent,
+        env={"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (finished.returncode, finished.stdout, finished.stderr) == (0, "written\n", "")
+    assert names(sqlite) == []

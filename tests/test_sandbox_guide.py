@@ -92,6 +92,16 @@ def test_another_database_stands_in_for_one_that_cannot_be_reached(
     assert "7 passed" in run_pytest(project, "-n", workers, *SYNC)
 
 
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_databases_in_memory_stand_in_for_both_kinds(project: Path, workers: str) -> None:
+    """Neither the application's Database nor its AsyncDatabase can be reached."""
+    _, head, client = BLOCKS["conftest.py"].partition("@pytest.fixture\ndef client")
+    imports = "from fastapi.testclient import TestClient\nfrom main import app"
+    parts = BLOCKS["conftest_memory.py"], BLOCKS["conftest_async_memory.py"], imports, head + client
+    (project / "conftest.py").write_text("\n\n".join(parts), encoding="utf-8")
+    assert "8 passed" in run_pytest(project, "-n", workers, *SYNC, "test_async_main.py")
+
+
 @pytest.mark.parametrize("module", ["test_unittest", "test_unittest_async"])
 def test_the_unittests_of_the_guide_pass(project: Path, module: str) -> None:
     """On a database in memory, as they say; the application's cannot be reached."""

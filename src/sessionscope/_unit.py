@@ -1,7 +1,7 @@
 """Unit: the only place where a unit of work begins, commits, rolls back and closes."""
 
 import logging
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, MutableMapping
 from contextlib import AbstractContextManager, suppress
 from functools import partial
 from time import monotonic
@@ -253,6 +253,14 @@ class Unit(Generic[SessionT]):
         """
         scope: Scope | None = info.get(UNIT)
         return scope is not None and _guards.is_held(scope)
+
+    @staticmethod
+    def let_idle(info: MutableMapping[Any, Any]) -> None:
+        """For integrations: let sessions without a unit of work keep a transaction open for long.
+
+        On the connection whose ``Connection.info`` is given, which serves others meanwhile.
+        """
+        info[_watch.MAY_IDLE] = True
 
     @staticmethod
     def hand_hooks_to(take: "Callable[[partial[object]], object]") -> AbstractContextManager[None]:

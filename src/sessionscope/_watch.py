@@ -31,6 +31,9 @@ UNIT = "sessionscope.unit"
 _OPENED_AT = "sessionscope.opened_at"
 _WATCH = "sessionscope.watch"
 
+# The key in Connection.info of one on which sessions without a unit may be idle.
+MAY_IDLE = "sessionscope.may_idle"
+
 # Called with the place where a session was opened that has leaked.
 OnLeak = Callable[[str], None]
 
@@ -106,7 +109,7 @@ def warn_of_idleness(session: Session, method: str, arguments: tuple[object, ...
     """Warn that *session* kept its transaction open since its last call, for too long."""
     scope = session.info.get(UNIT)
     is_autocommit = scope is not None and scope.autocommit and not scope.streams
-    if is_autocommit or not session.in_transaction():
+    if is_autocommit or not session.in_transaction() or (scope is None and _may_idle(session)):
         return
     _warn(
         # Without the seconds, so that Python's filter shows it once for each line.
@@ -117,6 +120,13 @@ def warn_of_idleness(session: Session, method: str, arguments: tuple[object, ...
         IdleInTransactionWarning,
         here() or opened_at(session),
     )
+
+
+def _may_idle(session: Session) -> bool:
+    watching: _Watch | None = session.info.get(_WATCH)
+    if watching is None or watching.connection.closed or watching.connection.invalidated:
+        return False
+    return MAY_IDLE in watching.connection.info
 
 
 def _last_call(method: str, argument: object = None) -> str:

@@ -39,13 +39,13 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(scope="session")
 def sessionscope_database() -> "Database":
     """Override this one to name your Database."""
-    raise pytest.UsageError(_NAME_IT.format(fixture="sessionscope_database"))
+    raise pytest.UsageError(_NAME_IT.format(name="database"))
 
 
 @pytest.fixture(scope="session")
 def sessionscope_async_database() -> "AsyncDatabase":
     """Override this one to name your AsyncDatabase."""
-    raise pytest.UsageError(_NAME_IT.format(fixture="sessionscope_async_database"))
+    raise pytest.UsageError(_NAME_IT.format(name="async_database"))
 
 
 @pytest.fixture
@@ -62,15 +62,18 @@ def session(database: "Database[Session]") -> "Generator[Session]":
         yield session
 
 
+# What is got by name below is also asked for here: only so can it have parameters.
 @pytest.fixture
-def async_database(request: pytest.FixtureRequest) -> "AsyncDatabase":
+def async_database(
+    request: pytest.FixtureRequest, sessionscope_async_database: "AsyncDatabase"
+) -> "AsyncDatabase":
     """Your AsyncDatabase in a sandbox, on the event loop of the test."""
     found: AsyncDatabase = request.getfixturevalue(f"sessionscope_{_runner(request)}_database")
     return found
 
 
 @pytest.fixture
-def async_session(request: pytest.FixtureRequest) -> Any:
+def async_session(request: pytest.FixtureRequest, async_database: "AsyncDatabase") -> Any:
     """An AsyncSession of the sandbox that is the test's own."""
     return request.getfixturevalue(f"sessionscope_{_runner(request)}_session")
 
@@ -107,8 +110,8 @@ def _runner(request: pytest.FixtureRequest) -> str:
     if request.node.get_closest_marker("asyncio") is not None:
         return "asyncio"
     raise pytest.UsageError(
-        f"{request.fixturename} needs a test that is run on an event loop: mark an `async def` "
-        "with @pytest.mark.asyncio (pytest-asyncio) or @pytest.mark.anyio (anyio)"
+        "async_database and async_session need a test that is run on an event loop: mark an "
+        "`async def` with @pytest.mark.asyncio (pytest-asyncio) or @pytest.mark.anyio (anyio)"
     )
 
 
@@ -119,9 +122,9 @@ _ON_ASYNCIO = """an AsyncDatabase runs on asyncio. Write into conftest.py:
         return "asyncio"
 """
 
-_NAME_IT = """the fixture {fixture} is not defined. Write into conftest.py:
+_NAME_IT = """the fixture sessionscope_{name} is not defined. Write into conftest.py:
 
     @pytest.fixture(scope="session")
-    def {fixture}():
-        return my_application.database
+    def sessionscope_{name}():
+        return my_application.{name}
 """

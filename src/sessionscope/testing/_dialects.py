@@ -8,7 +8,10 @@ from sessionscope.testing._errors import SandboxError
 # Runs a statement on the driver's connection and returns its rows, if it has any.
 Send = Callable[[str], list[Any]]
 
-_READS = {"DESC", "DESCRIBE", "EXPLAIN", "PRAGMA", "SELECT", "SHOW", "TABLE", "VALUES"}
+_WRITES_NOTHING = {
+    *("DESC", "DESCRIBE", "EXPLAIN", "PRAGMA", "SELECT", "SHOW", "TABLE", "VALUES"),
+    *("RELEASE", "ROLLBACK", "SAVEPOINT"),
+}
 _ENDS = {"ABORT", "COMMIT", "END", "PREPARE", "ROLLBACK"}
 # MySQL commits before each of them, whatever comes of it
 # (https://dev.mysql.com/doc/refman/8.4/en/implicit-commit.html).
@@ -83,9 +86,9 @@ class Dialect:
         """Return whether there is a new row whose foreign key leads nowhere, on SQLite."""
         return not self._dangling_rows() <= self._dangling
 
-    def reads(self, statement: str) -> bool:
-        """Return whether *statement* changes nothing, as far as its first word tells."""
-        return _first_words(statement)[0] in _READS
+    def may_write(self, statement: str) -> bool:
+        """Return whether *statement* may change rows, as far as its first word tells."""
+        return _first_words(statement)[0] not in _WRITES_NOTHING
 
     def may_end_the_transaction(self, statement: str) -> bool:
         """Return whether *statement* is one that may commit or roll back everything."""

@@ -6,13 +6,15 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from sqlalchemy import NullPool
+from sqlalchemy import Connection, NullPool
 from sqlalchemy.engine.interfaces import Dialect
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 from sqlalchemy.util.concurrency import in_greenlet
 
+from sessionscope import Unit
 from sessionscope.testing._errors import SandboxError
-from sessionscope.testing._stack import Stack, Transaction
+from sessionscope.testing._stack import Stack
+from sessionscope.testing._transaction import Transaction
 
 _LEVELS = ("AUTOCOMMIT", "READ COMMITTED", "READ UNCOMMITTED", "REPEATABLE READ", "SERIALIZABLE")
 
@@ -42,6 +44,11 @@ class StandIn:
     def run(self, statement: str, execute: Callable[[str], None]) -> None:
         """Run a statement of SQLAlchemy's."""
         self._stack.run(self._begun(), statement, execute)
+
+    @property
+    def is_undone(self) -> bool:
+        """Whether another one's rollback has undone what was written here."""
+        return self._transaction is not None and self._transaction.undone_by is not None
 
     def belong_to(self, info: dict[Any, Any]) -> None:
         """Learn the ``Connection.info`` that tells whose this is."""
@@ -125,6 +132,7 @@ class SandboxPool(NullPool):
         record = super()._do_get()
         stand_in: Any = record.dbapi_connection
         stand_in.belong_to(record.info)
+        Unit.let_idle(record.info)  # the test's own session waits for all that the test starts
         return record
 
     def recreate(self) -> "SandboxPool":
@@ -166,6 +174,14 @@ def _begin(begin: Callable[..., None], proxied: PoolProxiedConnection) -> None:
         begin(proxied)
 
 
+def _roll_back_to(roll_back: Callable[..., None], connection: Connection, name: str) -> None:
+    stand_in = connection.connection.dbapi_connection
+    # A savepoint that went with another one's rollback is no more, and that is no news to who
+    # rolls back, which ends with the transaction. Whoever would go on is told.
+    if not (isinstance(stand_in, StandIn) and stand_in.is_undone):
+        roll_back(connection, name)
+
+
 def _set_isolation_level(set_level: Callable[..., None], connection: Any, level: str) -> None:
     if isinstance(connection, StandIn):
         connection.set_isolation_level(level)
@@ -183,6 +199,7 @@ _OURS: dict[str, Callable[..., Any]] = {
     "do_execute": _execute,
     "do_executemany": _execute,
     "do_execute_no_params": _execute,
+    "do_rollback_to_savepoint": _roll_back_to,
     "get_isolation_level_values": _isolation_levels,
     "set_isolation_level": _set_isolation_level,
 }

@@ -64,7 +64,7 @@ class Turns:
 
     @property
     def is_inside(self) -> bool:
-        """Whether this thread has the turn, or is about to: then it must not ask for another.
+        """Whether this thread has the turn, or is about to, or is in the way of who has it.
 
         It does so in the garbage collector, which may find an abandoned session at any line, those
         under the lock included.
@@ -76,9 +76,7 @@ class Turns:
         self, is_possible: Callable[[], bool], too_late: Callable[[], Exception]
     ) -> Generator[None]:
         """Wait until no one has the turn and *is_possible*, else raise what *too_late* returns."""
-        thread = threading.get_ident()
-        self._inside.add(thread)
-        try:
+        with self.inside():
             waiter = self._take_or_queue(is_possible)
             if waiter is not None:
                 self._wait(waiter, too_late)
@@ -86,8 +84,22 @@ class Turns:
                 yield
             finally:
                 self._pass_on()
+
+    @contextmanager
+    def inside(self) -> Generator[None]:
+        """Let what the garbage collector finds meanwhile in this thread not wait for a turn."""
+        thread = threading.get_ident()
+        self._inside.add(thread)
+        try:
+            yield
         finally:
             self._inside.discard(thread)
+
+    def look_again(self) -> None:
+        """Let in who waited for one that has given up without a turn, if no one has it."""
+        with self._lock:
+            if not self._is_taken:
+                self._give_to_the_first()
 
     def _take_or_queue(self, is_possible: Callable[[], bool]) -> _Waiter | None:
         with self._lock:
@@ -116,11 +128,14 @@ class Turns:
             return waiter.granted
 
     def _pass_on(self) -> None:
-        """Give the turn to the first in line who can use it now."""
         with self._lock:
-            following = next((waiter for waiter in self._line if waiter.may_go()), None)
-            self._is_taken = following is not None
-            if following is not None:
-                self._line.remove(following)
-                following.granted = True
-                following.wake()
+            self._give_to_the_first()
+
+    def _give_to_the_first(self) -> None:
+        """Give the turn to the first in line who can use it now."""
+        following = next((waiter for waiter in self._line if waiter.may_go()), None)
+        self._is_taken = following is not None
+        if following is not None:
+            self._line.remove(following)
+            following.granted = True
+            following.wake()
