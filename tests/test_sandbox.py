@@ -865,6 +865,29 @@ def test_a_session_that_is_collected_while_another_thread_is_interrupted_waits_f
     assert names(sqlite) == []
 
 
+def test_who_waits_for_a_session_that_it_collects_itself_goes_on(
+    sqlite: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The collector comes between its place in the line and the waiting, and passes nothing on."""
+    wait = _turns._ThreadWaiter.wait
+
+    def collect_first(waiter: Any) -> None:
+        gc.collect()
+        wait(waiter)
+
+    monkeypatch.setattr(_turns._ThreadWaiter, "wait", collect_first)
+    gc.disable()  # not before
+    try:
+        with sandbox(sqlite), ThreadPoolExecutor(1) as threads:
+            threads.submit(leak, sqlite).result()
+            began = monotonic()
+            with pytest.warns(SessionLeakWarning):
+                assert names(sqlite) == []
+            assert monotonic() - began < PATIENCE / 2
+    finally:
+        gc.enable()
+
+
 def leak(database: Database) -> None:
     """Leave a session that has written to the garbage collector."""
     session = database.sessionmaker()

@@ -17,6 +17,7 @@ may lose rows by the rollback of another one, and is told (see _savepoints).
 """
 
 import asyncio
+import threading
 import warnings
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
@@ -100,7 +101,6 @@ class Stack:
         """End the statement that is running if it is *transaction*'s, and not the connection."""
         with self._turns.inside():
             self._running.end(transaction)
-            self._turns.look_again()
 
     def commit(self, transaction: Transaction) -> None:
         """Let the transactions beneath have what *transaction* has written."""
@@ -131,9 +131,8 @@ class Stack:
         if transaction is not None and transaction.savepoint is not None:
             transaction.abandoned = True
             self._abandoned.append(transaction)
-            if self._loop is not None:  # not now: the lock of the turns may be this thread's
-                with suppress(RuntimeError):  # closed
-                    self._loop.call_soon_threadsafe(self._turns.look_again)
+            with suppress(RuntimeError):  # the loop is closed, or the interpreter ends
+                self._look_again_soon()
 
     def finish(self, *, check: bool) -> None:
         """Roll everything back, and raise what the test could not see of its own.
@@ -175,6 +174,13 @@ class Stack:
             while self._abandoned and not self.is_over:
                 self._end_abandoned(self._abandoned.pop())
             yield
+
+    def _look_again_soon(self) -> None:
+        # Not now: the lock of the turns may be this thread's.
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._turns.look_again)
+        else:
+            threading.Thread(target=self._turns.look_again, daemon=True).start()
 
     def _holder_above(self, transaction: Transaction) -> Transaction | None:
         """Return who must end first: it has written, and does not wait for *transaction*."""

@@ -97,7 +97,7 @@ class Turns:
 
     def look_again(self) -> None:
         """Let in who waited for one that has given up without a turn, if no one has it."""
-        with self._lock:
+        with self.inside(), self._lock:
             if not self._is_taken:
                 self._give_to_the_first()
 
