@@ -8,6 +8,7 @@ test_python := .venv/test/bin/python
 nox_python := .venv/nox/bin/python
 lint_python := .venv/lint/bin/python
 bench_python := .venv/bench/bin/python
+docs_python := .venv/docs/bin/python
 
 # What `make requirements` pins for each purpose: a dependency group and the extras it needs.
 demo_extras := postgresql fastapi asyncio
@@ -19,7 +20,7 @@ bench-fastapi-sqla_extras := $(demo_extras)
 # Each is a target of its own, faults-NAME.
 fault_suites := state-machine calls sqlalchemy server nemesis soak
 
-.PHONY: help demo test test-all fuzz jobs pooler init-test faults faults-state-machine faults-calls faults-sqlalchemy faults-server faults-nemesis faults-soak lint bench scorecard requirements clean
+.PHONY: help demo test test-all fuzz jobs pooler init-test faults faults-state-machine faults-calls faults-sqlalchemy faults-server faults-nemesis faults-soak lint docs reference bench scorecard requirements clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -85,6 +86,12 @@ lint: .venv/lint/ready ## check style, format and types
 	@PYTHONPATH=src $(lint_python) -m sessionscope check src examples
 	@$(lint_python) -m pytest -q tests/test_init.py -k style
 
+docs: .venv/docs/ready ## build the documentation in build/site; a broken link fails
+	@$(docs_python) -m zensical build --strict --clean
+
+reference: ## write docs/reference anew from the docstrings
+	@$(PYTHON) scripts/reference.py
+
 bench: .venv/bench/ready ## run the benchmarks (ARGS go to them)
 	@PYTHONPATH=src $(bench_python) -m benchmarks $(ARGS)
 
@@ -95,10 +102,10 @@ scorecard: ## print how the code reads, in numbers
 	@sh scripts/environment.sh $*
 
 requirements: ## pin the newest versions of all dependencies (needs uv)
-	@$(foreach name,demo test nox lint bench bench-fastapi-sqla,uv pip compile pyproject.toml --quiet --upgrade --universal \
+	@$(foreach name,demo test nox lint docs bench bench-fastapi-sqla,uv pip compile pyproject.toml --quiet --upgrade --universal \
 		--python-version 3.11 --generate-hashes --no-emit-index-url --no-header \
 		--group $(name) $(addprefix --extra ,$($(name)_extras)) -o requirements/$(name).txt &&) true
 
 clean: ## remove the environments and all caches
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .sessionscope_cache .hypothesis build dist
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .sessionscope_cache .hypothesis .cache build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

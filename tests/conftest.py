@@ -23,6 +23,14 @@ def missing(service: str) -> NoReturn:
     pytest.skip(service)
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print at the end what a test has counted, on whichever process it ran."""
+    for report in terminalreporter.getreports("passed"):
+        for name, value in report.user_properties:
+            if name == "tell":
+                terminalreporter.write_line(str(value))
+
+
 @pytest.fixture
 def anyio_backend() -> str:
     """The tests that are coroutines run on asyncio."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.documents import loaded
 from tests.test_readme import BLOCKS, MODELS, ROOT, SHARED, run
 
 PAGES = sorted((ROOT / "docs" / "how-to").glob("*.md"))
@@ -175,12 +176,15 @@ def project(tmp_path: Path, url: str) -> Path:
     return tmp_path
 
 
-def write(page: str, project: Path) -> None:
-    """Write the files of a page into the project."""
+def write(page: str, project: Path) -> set[str]:
+    """Write the files of a page into the project, and return the names of their modules."""
+    names: set[str] = set()
     for block in blocks(ROOT / "docs" / "how-to" / f"{page}.md"):
         named = NAME.match(block)
         assert named is not None, f"no file name in the first line of: {block}"
         (project / named[1]).write_text(block, encoding="utf-8")
+        names.add(named[1].removesuffix(".py"))
+    return names
 
 
 def test_every_page_that_is_used_shows_its_tests() -> None:
@@ -191,9 +195,10 @@ def test_every_page_that_is_used_shows_its_tests() -> None:
 @pytest.mark.parametrize("page", USES)
 @pytest.mark.parametrize("url", SHARED, indirect=True)
 def test_the_code_of_a_page_works(page: str, project: Path) -> None:
-    write(page, project)
+    names = write(page, project)
     use, _, printed = USES[page].partition("---\n")
     assert run(project, use) == printed
+    assert {name for name in names if not name.startswith("test_")} <= loaded(project)
 
 
 @pytest.mark.parametrize("page", [*TESTS, "test-with-sandbox"])
@@ -248,26 +253,16 @@ def imports_of(page: str) -> set[str]:
 @pytest.mark.parametrize("page", TESTS)
 @pytest.mark.parametrize("url", SHARED, indirect=True)
 def test_the_tests_of_a_page_pass_and_leave_nothing(page: str, project: Path) -> None:
-    write(page, project)
+    names = write(page, project)
     pytest_of_the_reader = (
         "import pytest, sys\n"
         "sys.exit(pytest.main(['-q', '-p', 'sessionscope.pytest_plugin', '-p', 'no:asyncio',"
         " '-p', 'no:cacheprovider']))"
     )
     assert f"{TESTS[page]} passed" in run(project, pytest_of_the_reader)
+    assert {name for name in names if name.startswith("test_")} <= loaded(project)
     left = (
         "import crud; from database import database\n"
         "print(database.run(crud.get_items)); database.dispose()"
     )
     assert run(project, left) == "[]\n"
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_every_link_of_a_page_leads_somewhere(page: Path) -> None:
-    for link in re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text(encoding="utf-8")):
-        file, _, heading = link.partition("#")
-        target = page.parent / file
-        assert target.exists(), link
-        if heading:
-            headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
-            assert heading in {each.lower().replace(" ", "-") for each in headings}, link

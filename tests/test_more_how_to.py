@@ -6,6 +6,7 @@ from textwrap import dedent
 import pytest
 from sqlalchemy import create_engine, make_url, text
 
+from tests.documents import loaded
 from tests.models import Base
 from tests.test_how_to import BLOCK, DATABASE, NAME
 from tests.test_readme import BLOCKS, MODELS, ROOT, run
@@ -99,6 +100,9 @@ secret
 }
 
 
+PAGES_OF_CODE = [*ON_EVERY_KIND, *ON_SQLITE, "schema-per-tenant", "row-level-security"]
+
+
 def files_of(page: str, url: str) -> dict[str, str]:
     """Return the files of a page's reader, on the database at *url* unless the page has its own."""
     driver = "postgresql+psycopg" if url.startswith("postgresql") else "sqlite+aiosqlite"
@@ -120,6 +124,13 @@ def write(folder: Path, files: dict[str, str]) -> None:
         (folder / name).write_text(code, encoding="utf-8")
 
 
+def assert_all_ran(page: str, folder: Path) -> None:
+    """Fail if a file of the page was written and never loaded."""
+    text = (PAGES / f"{page}.md").read_text(encoding="utf-8")
+    named = [NAME.match(dedent(block)) for block in BLOCK.findall(text)]
+    assert {each[1].removesuffix(".py") for each in named if each} <= loaded(folder)
+
+
 @pytest.mark.parametrize("page", ON_EVERY_KIND)
 @pytest.mark.parametrize("url", ["sqlite-file", "postgres"], indirect=True)
 def test_the_code_of_a_page_works(page: str, url: str, tmp_path: Path) -> None:
@@ -131,6 +142,7 @@ def test_the_code_of_a_page_works(page: str, url: str, tmp_path: Path) -> None:
     )
     use, _, printed = ON_EVERY_KIND[page].partition("---\n")
     assert run(tmp_path, use) == printed
+    assert_all_ran(page, tmp_path)
 
 
 @pytest.mark.parametrize("page", ON_SQLITE)
@@ -138,6 +150,7 @@ def test_the_code_of_a_page_with_a_database_of_its_own_works(page: str, tmp_path
     write(tmp_path, files_of(page, "sqlite:///shop.db"))
     use, _, printed = ON_SQLITE[page].partition("---\n")
     assert run(tmp_path, use) == printed
+    assert_all_ran(page, tmp_path)
 
 
 def test_each_tenant_has_its_schema(postgres_url: str, tmp_path: Path) -> None:
@@ -150,6 +163,7 @@ def test_each_tenant_has_its_schema(postgres_url: str, tmp_path: Path) -> None:
     write(tmp_path, files_of("schema-per-tenant", postgres_url))
     try:
         printed = run(tmp_path, BY_HEADER)
+        assert_all_ran("schema-per-tenant", tmp_path)
         assert printed == "['pear']\n['plum']\n404 no such tenant\n"
     finally:
         with engine.begin() as connection:
@@ -187,6 +201,7 @@ def test_rows_are_seen_by_their_tenant_alone(postgres_url: str, tmp_path: Path) 
     write(tmp_path, files_of("row-level-security", mine.render_as_string(hide_password=False)))
     try:
         assert run(tmp_path, BY_TENANT) == "['apple-1']\n['pear-1']\nInsufficientPrivilege\n"
+        assert_all_ran("row-level-security", tmp_path)
     finally:
         with engine.begin() as connection:
             connection.execute(text("DROP POLICY own_rows ON item"))

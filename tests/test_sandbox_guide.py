@@ -13,6 +13,9 @@ BLOCKS = dict(re.findall(r"```python\n# (\w+\.py)[^\n]*\n(.*?)```", GUIDE, re.DO
 WRITTEN = "postgresql+psycopg://user:password@host/dbname"
 # The guide's tests of its FastAPI application: five, one and one.
 SYNC = ("test_items.py", "test_items_overridden.py", "test_hooks.py")
+APPLICATION = ("database.py", "models.py", "deps.py", "main.py", "async_main.py")
+OTHER_DATABASES = ("conftest_memory.py", "conftest_postgres.py", "conftest_files.py")
+UNITTESTS = ("test_unittest", "test_unittest_async")
 
 
 @pytest.fixture
@@ -53,8 +56,10 @@ def run_pytest(project: Path, *arguments: str) -> str:
 
 
 def test_the_guide_has_all_its_files() -> None:
+    """And each of them is run below."""
     assert len(BLOCKS) == GUIDE.count("```python")
-    assert {"database.py", "deps.py", "main.py", "conftest.py", "test_items.py"} <= set(BLOCKS)
+    tests = {*SYNC, "test_async_main.py", *(f"{name}.py" for name in UNITTESTS)}
+    assert set(BLOCKS) == {*APPLICATION, "conftest.py", *OTHER_DATABASES, *tests, "with_server.py"}
 
 
 @pytest.mark.parametrize("kind", ["sqlite_url", "postgres_url"])
@@ -76,9 +81,8 @@ def test_the_tests_of_the_guide_pass_and_leave_nothing(
 @pytest.mark.parametrize(
     ("other", "workers"),
     [
-        ("conftest_memory.py", "0"),
+        *((other, "0") for other in OTHER_DATABASES[:2]),
         ("conftest_memory.py", "2"),
-        ("conftest_postgres.py", "0"),
         ("conftest_files.py", "2"),
     ],
 )
@@ -102,7 +106,7 @@ def test_databases_in_memory_stand_in_for_both_kinds(project: Path, workers: str
     assert "8 passed" in run_pytest(project, "-n", workers, *SYNC, "test_async_main.py")
 
 
-@pytest.mark.parametrize("module", ["test_unittest", "test_unittest_async"])
+@pytest.mark.parametrize("module", UNITTESTS)
 def test_the_unittests_of_the_guide_pass(project: Path, module: str) -> None:
     """On a database in memory, as they say; the application's cannot be reached."""
     assert "OK" in run(project, "unittest", module)
