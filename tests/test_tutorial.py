@@ -88,6 +88,7 @@ class Reader:
             self.run_python("-c", SERVE)
         elif command.startswith("make migration NAME="):
             self.run_python("-m", "alembic", "upgrade", "head")
+            self.leave_new_migrations_as_they_are()
             revise = ("revision", "--autogenerate", "-m", argument.partition('"')[2].rstrip('"'))
             self.run_python("-m", "alembic", *revise)
         elif program.endswith("sessionscope"):
@@ -99,6 +100,11 @@ class Reader:
             assert printed == expected or argument.startswith("-m ")
         else:
             raise AssertionError(f"nobody knows how to do this: {command}")
+
+    def leave_new_migrations_as_they_are(self) -> None:
+        """Do without ruff, which formats them: the project's own environment has it."""
+        settings = self.folder / "alembic.ini"
+        settings.write_text(settings.read_text("utf-8").partition("[post_write_hooks]")[0], "utf-8")
 
     def run_python(self, *command: str) -> str:
         """Run Python in the project, with warnings as errors."""

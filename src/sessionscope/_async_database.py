@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
+from importlib.util import find_spec
 from time import monotonic
 from types import MappingProxyType, TracebackType
 from typing import Any, Concatenate, Generic, ParamSpec, Protocol, Self, TypeVar, overload
@@ -29,6 +30,9 @@ from sessionscope._retry import ATTEMPTS, check_attempts
 from sessionscope._source import CUTTING_SECONDS
 from sessionscope._unit import Unit
 from sessionscope.events import Observer, Stats
+
+if find_spec("greenlet") is None:  # SQLAlchemy 2.0 would say so at the first statement only
+    raise ImportError("AsyncDatabase needs greenlet: pip install sqlalchemy[asyncio]")
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")

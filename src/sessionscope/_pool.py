@@ -12,6 +12,7 @@ from sqlalchemy import pool
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.pool.base import _ConnectionRecord  # pyright: ignore[reportPrivateUsage]  # its own
+from sqlalchemy.util import memoized_property
 from sqlalchemy.util.concurrency import in_greenlet
 from sqlalchemy.util.queue import Empty, Full, QueueCommon
 
@@ -58,6 +59,28 @@ class _Queue(QueueCommon[ConnectionPoolEntry]):
         return len(self._idle) >= self.maxsize > 0 and not self.backends.is_in_demand()
 
 
+class _Record(_ConnectionRecord):
+    """A pool's entry whose place comes back though its reset was interrupted.
+
+    As in the newest SQLAlchemy (https://github.com/sqlalchemy/sqlalchemy/issues/13699).
+    """
+
+    def invalidate(self, e: BaseException | None = None, soft: bool = False) -> None:
+        super().invalidate(e, soft)
+        if soft or e is None or isinstance(e, Exception) or self.fairy_ref is None:
+            return
+        user: Any = self.fairy_ref()
+        if user is not None:  # who may be closed once more, and must not reach the next one
+            user.dbapi_connection = user._connection_record = None
+        self.checkin()
+
+    def _checkin_failed(self, err: BaseException, _fairy_was_created: bool = True) -> None:
+        try:
+            super().invalidate(err)
+        finally:
+            self.checkin(_fairy_was_created=_fairy_was_created)
+
+
 class _CountedPool(pool.Pool):
     """A pool whose connections are opened and closed by *backends*, which counts them."""
 
@@ -88,11 +111,15 @@ class _CountedPool(pool.Pool):
             raise
         except OSError as error:  # asyncpg's own, which SQLAlchemy does not know
             raise self._dialect.loaded_dbapi.OperationalError(str(error)) from error  # type: ignore[union-attr]
+        except Exception as error:
+            if (known := _as_known(error, self._dialect.loaded_dbapi)) is None:
+                raise
+            raise known from error
 
     def _create_connection(self) -> ConnectionPoolEntry:
         # It connects at its checkout. If that fails half-way, in a "connect" event or in a
         # cancelled task, the pool closes what was opened: older SQLAlchemys forget it.
-        return _ConnectionRecord(self, connect=False)
+        return _Record(self, connect=False)
 
     def _close_connection(self, connection: DBAPIConnection, *, terminate: bool = False) -> None:
         driver_connection = self._dialect.get_driver_connection(connection)
@@ -105,6 +132,19 @@ class _CountedPool(pool.Pool):
         assert isinstance(recreated, _CountedPool)
         recreated.share(self.backends)
         return recreated
+
+
+def _as_known(error: Exception, dbapi: Any) -> Exception | None:
+    """Return asyncpg's *error* of connecting as one that SQLAlchemy knows, as 2.1 does by itself."""
+    if not hasattr(dbapi, "_asyncpg_error_translate"):
+        return None
+    classes = {dbapi.asyncpg.InternalClientError: dbapi.InternalError}
+    classes |= dbapi._asyncpg_error_translate
+    known: Any = next((classes[each] for each in type(error).__mro__ if each in classes), None)
+    if known is not None:
+        known = known(f"{type(error)}: {error}")
+        known.pgcode = known.sqlstate = getattr(error, "sqlstate", None)
+    return known  # type: ignore[no-any-return]
 
 
 class CountedNullPool(_CountedPool, pool.NullPool):
@@ -191,6 +231,10 @@ class MemoryPool(_CountedPool, pool.StaticPool):
     def __init__(self, *args: Any, **kw: Any) -> None:
         super().__init__(*args, **kw)
         self._lock = threading.Lock()
+
+    @memoized_property
+    def connection(self) -> _ConnectionRecord:
+        return _Record(self)
 
     def _do_get(self) -> ConnectionPoolEntry:
         if not self._lock.acquire(blocking=False):

@@ -253,7 +253,13 @@ class AioCursor(aiosqlite.Cursor):
     async def _perform(self, name: str, call: Callable[[], Awaitable[T]]) -> T:
         connection = self._conn
         assert isinstance(connection, AioConnection)
-        return await connection.script.perform_async(name, connection, call)
+        try:
+            return await connection.script.perform_async(name, connection, call)
+        except BaseException:
+            if connection.script.like_a_server:  # which keeps no lock for what has failed
+                with suppress(sqlite3.Error, ValueError):
+                    await super().close()
+            raise
 
 
 class ServerDialect(SQLiteDialect_pysqlite):
