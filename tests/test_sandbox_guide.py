@@ -59,7 +59,8 @@ def test_the_guide_has_all_its_files() -> None:
     """And each of them is run below."""
     assert len(BLOCKS) == GUIDE.count("```python")
     tests = {*SYNC, "test_async_main.py", *(f"{name}.py" for name in UNITTESTS)}
-    assert set(BLOCKS) == {*APPLICATION, "conftest.py", *OTHER_DATABASES, *tests, "with_server.py"}
+    written = {*APPLICATION, "conftest.py", "conftest_async_memory.py", *OTHER_DATABASES}
+    assert set(BLOCKS) == {*written, *tests, "with_server.py"}
 
 
 @pytest.mark.parametrize("kind", ["sqlite_url", "postgres_url"])

@@ -109,10 +109,9 @@ class _CountedPool(pool.Pool):
             return self.backends.open(partial(self._connect, record), discard, self._patience)
         except DeadlineExceeded:  # which is an OSError as well
             raise
-        except OSError as error:  # asyncpg's own, which SQLAlchemy does not know
-            raise self._dialect.loaded_dbapi.OperationalError(str(error)) from error  # type: ignore[union-attr]
         except Exception as error:
-            if (known := _as_known(error, self._dialect.loaded_dbapi)) is None:
+            known = _as_known(error, self._dialect)
+            if known is None:
                 raise
             raise known from error
 
@@ -134,10 +133,14 @@ class _CountedPool(pool.Pool):
         return recreated
 
 
-def _as_known(error: Exception, dbapi: Any) -> Exception | None:
-    """Return asyncpg's *error* of connecting as one that SQLAlchemy knows, as 2.1 does by itself."""
+def _as_known(error: Exception, dialect: Any) -> Exception | None:
+    """Return an *error* of asyncpg's while it connects as one that SQLAlchemy knows."""
+    dbapi = dialect.loaded_dbapi
+    if isinstance(error, OSError):
+        return dbapi.OperationalError(str(error))  # type: ignore[no-any-return]
     if not hasattr(dbapi, "_asyncpg_error_translate"):
         return None
+    # SQLAlchemy 2.1 does this by itself.
     classes = {dbapi.asyncpg.InternalClientError: dbapi.InternalError}
     classes |= dbapi._asyncpg_error_translate
     known: Any = next((classes[each] for each in type(error).__mro__ if each in classes), None)
