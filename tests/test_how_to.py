@@ -151,6 +151,9 @@ added PLUM
 }
 
 
+OF_TESTS = ("test_", "conftest")
+
+
 def blocks(page: Path) -> list[str]:
     return BLOCK.findall(page.read_text(encoding="utf-8"))
 
@@ -198,7 +201,7 @@ def test_the_code_of_a_page_works(page: str, project: Path) -> None:
     names = write(page, project)
     use, _, printed = USES[page].partition("---\n")
     assert run(project, use) == printed
-    assert {name for name in names if not name.startswith("test_")} <= loaded(project)
+    assert {name for name in names if not name.startswith(OF_TESTS)} <= loaded(project)
 
 
 @pytest.mark.parametrize("page", [*TESTS, "test-with-sandbox"])
@@ -260,7 +263,7 @@ def test_the_tests_of_a_page_pass_and_leave_nothing(page: str, project: Path) ->
         " '-p', 'no:cacheprovider']))"
     )
     assert f"{TESTS[page]} passed" in run(project, pytest_of_the_reader)
-    assert {name for name in names if name.startswith("test_")} <= loaded(project)
+    assert {name for name in names if name.startswith(OF_TESTS)} <= loaded(project)
     left = (
         "import crud; from database import database\n"
         "print(database.run(crud.get_items)); database.dispose()"

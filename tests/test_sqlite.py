@@ -73,6 +73,16 @@ def test_a_locked_database_is_an_operational_error_and_leaves_nothing_open(
         assert names(database) == ["next"]
 
 
+def test_who_waits_too_long_for_another_writer_is_told_that_a_file_has_one(
+    sqlite_url: str,
+) -> None:
+    with Database(sqlite_url, pool_timeout=0.05) as database, ThreadPoolExecutor(1) as threads:
+        with database.begin(), pytest.raises(PoolBusy) as refused:
+            threads.submit(database.begin().__enter__).result(10)
+        assert "has one writer at a time" in str(refused.value)
+        assert "pool_size" not in str(refused.value)
+
+
 def test_savepoints_are_real(database: Database) -> None:
     """The driver's legacy mode begins no transaction before SAVEPOINT."""
     with pytest.raises(ValueError, match="stop"), database.begin() as session:

@@ -116,10 +116,20 @@ class _ThreadPool:
 
 
 class Gate:
-    """Admits at most *limit* units of work at once; ``None`` admits all."""
+    """Admits at most *limit* units of work at once; ``None`` admits all.
 
-    def __init__(self, limit: int | None, timeout: float, max_waiting: int | None = None) -> None:
+    *mend* is what errors advise besides shorter units, where there is something.
+    """
+
+    def __init__(
+        self,
+        limit: int | None,
+        timeout: float,
+        max_waiting: int | None = None,
+        mend: str = ", or raise pool_size or max_overflow",
+    ) -> None:
         self.limit = limit
+        self._mend = mend
         self.timeout = min(timeout, threading.TIMEOUT_MAX)
         self.max_waiting = max_waiting
         self._pool: _ThreadPool | None = None
@@ -270,7 +280,7 @@ class Gate:
                 raise self._draining()
             self._refuse(
                 f"none came free in {waited:.1f} s (pool_timeout={self.timeout:g}). Shorten the "
-                "units of work (stats().longest_use), or raise pool_size or max_overflow"
+                f"units of work (stats().longest_use){self._mend}"
             )
 
     def _abandon(self, waiter: _Waiter) -> None:

@@ -47,7 +47,7 @@ class Source(Generic[SessionT]):
         self.telling = Telling(observers)
         self._budget = Budget()
         self.gates = _make_gates(options)
-        self._reserve = Gate(1, options.pool_timeout, options.max_waiting)
+        self._reserve = Gate(1, options.pool_timeout, options.max_waiting, mend="")
         self.engines = Engines(options, create, self._demand)
         for engine in {id(e.dialect): e for e in (self.engines.read, self.engines.write)}.values():
             verify_commits(engine, name, self.engines.renew, options.quoted_outcome_table)
@@ -206,5 +206,6 @@ def _make_gates(options: Options) -> tuple[Gate, ...]:
     limit, settings = options.limit, (options.pool_timeout, options.max_waiting)
     if options.is_sqlite and not options.is_memory and limit is not None and limit > 1:
         # A database file has one writer at a time: the others wait here, in order.
-        return Gate(1, *settings), Gate(limit - 1, *settings)
+        one_writer = ": an SQLite file has one writer at a time"
+        return Gate(1, *settings, one_writer), Gate(limit - 1, *settings)
     return (Gate(limit, *settings),)

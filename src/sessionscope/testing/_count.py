@@ -75,7 +75,8 @@ def _note(connection: Connection, cursor: object, statement: str, *rest: object)
 
 def _complaint(sent: list[Statement], limit: int) -> str:
     statement, times = Counter(sent).most_common(1)[0]
-    said = f"{len(sent)} statements were sent, and limit={limit}"
+    many = "1 statement was" if len(sent) == 1 else f"{len(sent)} statements were"
+    said = f"{many} sent, and limit={limit}"
     if times == 1:
         return "\n  ".join([f"{said}:", *(f"{each.place}: {each.text}" for each in sent)])
     return (
