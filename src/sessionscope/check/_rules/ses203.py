@@ -40,6 +40,7 @@ from sessionscope.check._model import Because, Model
 
 _SEVERAL = frozenset({"gather", "wait", "as_completed"})
 _ONE = frozenset({"create_task", "ensure_future", "start_soon", "start_soon_task"})
+_CLOSES = frozenset({"close", "aclose"})  # in a task of its own, so that no cancel stops it
 _WAITED_BY = _SEVERAL | {"wait_for", "shield", "append", "run_until_complete"}
 _COMPREHENSIONS = (ast.ListComp, ast.GeneratorExp, ast.SetComp)
 
@@ -164,7 +165,7 @@ def _alone(
     node = call.node.args[0] if call.node.args else None
     if last_name(call.node).startswith("start_soon"):
         escape = next(escapes(model, call.node.args, scope), None)
-    elif isinstance(node, ast.Call):
+    elif isinstance(node, ast.Call) and last_name(node) not in _CLOSES:
         escape = _session_of(model, scope, node)
     else:
         return
