@@ -358,6 +358,15 @@ def test_the_settings_of_pyproject_apply(folder: Path, command: Command) -> None
     assert command("check", "--select", "SES102", ".")[0] == 1
 
 
+def test_a_family_leaves_out_the_rules_that_are_opt_in() -> None:
+    assert "SES106" in Config(select=("SES106",)).codes()
+    assert "SES106" in Config(select=("ALL",)).codes()
+    assert "SES106" in Config(select=("SES1", "SES106")).codes()
+    family = [code for code in RULES if code.startswith("SES1") and code != "SES106"]
+    assert Config(select=("SES1",)).codes() == family
+    assert "SES106" not in Config().codes()
+
+
 def test_the_settings_are_those_of_the_path_not_of_the_working_directory(
     folder: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:

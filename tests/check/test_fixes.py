@@ -66,6 +66,40 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+SWALLOWED = """\
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session, sessionmaker
+
+SessionLocal = sessionmaker()
+
+
+def save(session: Session, rows):
+    {around}
+        try:
+            session.add(rows)
+            session.flush()
+        except IntegrityError:
+            pass
+        session.commit()
+"""
+
+
+@pytest.mark.parametrize(
+    ("around", "fix"),
+    [
+        ("if rows:", "unsafe"),
+        ("for row in rows:", None),
+        ("for row in rows:\n        session = SessionLocal()", "unsafe"),
+    ],
+)
+def test_no_rollback_is_written_where_it_would_lose_the_rows_of_earlier_turns(
+    around: str, fix: str | None
+) -> None:
+    source = SWALLOWED.format(around=around)
+    (finding,) = check_source(source, "app.py", Config(select=("SES402",)))
+    assert finding.fix == fix
+
+
 PROVIDER = """\
 from sqlalchemy import create_engine
 from sqlalchemy.orm import sessionmaker

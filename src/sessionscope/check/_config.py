@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from sessionscope.check import _registry
 from sessionscope.check._files import folder_of, matches, shown_from
-from sessionscope.check._finding import CONFIDENCES, Confidence, Finding
+from sessionscope.check._finding import CONFIDENCES, Confidence, Finding, Rule
 
 UNUSED_NOQA = "SES100"
 UNUSED_NOQA_PAGE = """\
@@ -43,9 +43,14 @@ class Config:
         return [
             code
             for code, rule in _registry.RULES.items()
-            if (_meant(code, self.select) if self.select else rule.default != "opt-in")
-            and not _meant(code, self.ignore)
+            if self._selects(code, rule) and not _meant(code, self.ignore)
         ]
+
+    def _selects(self, code: str, rule: Rule) -> bool:
+        """A family does not bring in what is opt-in; its own code does, and ``ALL``."""
+        if rule.default == "opt-in":
+            return code in self.select or "ALL" in self.select
+        return not self.select or _meant(code, self.select)
 
     def wants(self, finding: Finding) -> bool:
         """Return whether *finding* is sure enough and not ignored in its file."""

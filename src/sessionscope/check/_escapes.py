@@ -39,12 +39,17 @@ def _escapes(model: Model, node: ast.expr, scope: Scope) -> Iterator[Escape]:
         return
     if value.kind == "session":
         # What a registry gives is another session in another thread.
-        if not value.scoped and not (isinstance(node, ast.Call) and value.fresh):
+        if not value.scoped and not is_made_anew(node, value):
             yield Escape(value, node, scope, ast.unparse(node))
     elif value.kind == "function":
         yield from _of_callable(model, node, value, scope)
     elif value.kind == "instance":
         yield from _of_instance(model, node, value)
+
+
+def is_made_anew(node: ast.expr, value: Value) -> bool:
+    """Return whether each run of *node* makes a session of its own, as ``Maker()`` does."""
+    return value.fresh and not isinstance(node, ast.Name)
 
 
 def _of_callable(model: Model, node: ast.expr, value: Value, scope: Scope) -> Iterator[Escape]:

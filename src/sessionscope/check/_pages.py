@@ -36,8 +36,8 @@ def index() -> str:
             *rows,
             "",
             "Rules marked *high* speak where they are certain; *info* is shown and does not fail a",
-            "run; *opt-in* wants `--select`. SES100 is a `# noqa` comment that suppresses nothing.",
-            "[Options, settings and CI](../how-to/check-sources.md).",
+            "run; *opt-in* wants `--select` with its code. SES100 is a `# noqa` comment that",
+            "suppresses nothing. [Options, settings and CI](../how-to/check-sources.md).",
             "",
         ]
     )

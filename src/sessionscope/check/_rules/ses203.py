@@ -3,7 +3,7 @@
 ## What it does
 
 Flags one session in several coroutines of ``gather``, ``wait``, ``as_completed`` or a TaskGroup,
-and in an unawaited ``create_task``.
+in a task that starts before another one with it is awaited, and in an unawaited ``create_task``.
 
 ## Why it bites in production
 
@@ -31,28 +31,39 @@ Where a lock lets only one coroutine at a time near the session.
 
 import ast
 from collections.abc import Iterator
+from typing import NamedTuple
 
-from sessionscope.check._escapes import Escape, captured, escapes
-from sessionscope.check._facts import CallFact, Scope, last_name
+from sessionscope.check._escapes import Escape, captured, escapes, is_made_anew
+from sessionscope.check._facts import Block, CallFact, Scope, last_name, position
 from sessionscope.check._finding import Finding, Rule
 from sessionscope.check._model import Because, Model
 
 _SEVERAL = frozenset({"gather", "wait", "as_completed"})
 _ONE = frozenset({"create_task", "ensure_future", "start_soon", "start_soon_task"})
+_CLOSES = frozenset({"close", "aclose"})  # in a task of its own, so that no cancel stops it
 _WAITED_BY = _SEVERAL | {"wait_for", "shield", "append", "run_until_complete"}
 _COMPREHENSIONS = (ast.ListComp, ast.GeneratorExp, ast.SetComp)
+
+
+class _Coroutine(NamedTuple):
+    """One coroutine among several, or one that stands for many."""
+
+    call: ast.Call
+    many: bool = False
+    block: Block | None = None  # where it is put into a list
 
 
 def judge(model: Model) -> Iterator[Finding]:
     """Find sessions that run in two coroutines."""
     for scope in model.functions:
         started: dict[str, list[CallFact]] = {}
+        waiting: dict[str, CallFact] = {}
         for call in scope.calls:
             last = call.name
             if last in _SEVERAL and _is_asyncio(model, scope, call.node):
                 yield from _together(model, scope, call)
             elif last in _ONE and _starts(model, scope, call.node):
-                yield from _alone(model, scope, call, started)
+                yield from _alone(model, scope, call, started, waiting)
 
 
 def _is_asyncio(model: Model, scope: Scope, node: ast.Call) -> bool:
@@ -66,47 +77,54 @@ def _starts(model: Model, scope: Scope, node: ast.Call) -> bool:
 
 def _together(model: Model, scope: Scope, call: CallFact) -> Iterator[Finding]:
     found: dict[str, Escape] = {}
-    for coroutine, many in _coroutines(scope, call.node.args):
-        escape = _session_of(model, scope, coroutine)
+    for coroutine in _coroutines(scope, call.node.args):
+        escape = _session_of(model, scope, coroutine.call)
         if escape is None:
             continue
+        many = coroutine.many or _is_looped(scope, coroutine.block, escape)
         if many or escape.shown in found:
             yield _finding(model, scope, call.node, escape, "several coroutines")
             return
         found[escape.shown] = escape
 
 
-def _coroutines(
-    scope: Scope, nodes: list[ast.expr], depth: int = 0
-) -> Iterator[tuple[ast.Call, bool]]:
-    """Yield the coroutine calls among *nodes*, and whether each stands for many."""
+def _is_looped(scope: Scope, block: Block | None, escape: Escape) -> bool:
+    """Return whether a loop around *block* uses one session in each of its turns."""
+    bindings = scope.bindings.get(escape.shown, ())
+    return block is not None and any(
+        around.kind == "loop" and not any(around in b.block.chain() for b in bindings)
+        for around in block.chain()
+    )
+
+
+def _coroutines(scope: Scope, nodes: list[ast.expr], depth: int = 0) -> Iterator[_Coroutine]:
+    """Yield the coroutine calls among *nodes*."""
     for node in nodes:
         value = node.value if isinstance(node, ast.Starred) else node
         if isinstance(value, ast.Call) and last_name(value) in _ONE and value.args:
             value = value.args[0]
         if isinstance(value, ast.Call):
-            yield value, False
+            yield _Coroutine(value)
         elif isinstance(value, _COMPREHENSIONS) and isinstance(value.elt, ast.Call):
             inner = value.elt
             if last_name(inner) in _ONE and inner.args and isinstance(inner.args[0], ast.Call):
                 inner = inner.args[0]
-            yield inner, True
+            yield _Coroutine(inner, many=True)
         elif isinstance(value, ast.List | ast.Tuple):
             yield from _coroutines(scope, value.elts, depth)
         elif isinstance(value, ast.Name) and depth < 2:
             yield from _collected(scope, value.id, depth)
 
 
-def _collected(scope: Scope, name: str, depth: int) -> Iterator[tuple[ast.Call, bool]]:
+def _collected(scope: Scope, name: str, depth: int) -> Iterator[_Coroutine]:
     """What was put into the list *name* that is awaited as a whole."""
     for binding in scope.bindings.get(name, ()):
         if isinstance(binding.value, ast.expr):
             yield from _coroutines(scope, [binding.value], depth + 1)
     for use in scope.uses.get(name, ()):
         if use.role == "method" and use.name == "append" and isinstance(use.node, ast.Call):
-            looped = any(b.kind == "loop" for b in use.block.chain())
-            for inner, _ in _coroutines(scope, use.node.args, depth + 1):
-                yield inner, looped
+            for inner in _coroutines(scope, use.node.args, depth + 1):
+                yield _Coroutine(inner.call, block=use.block)
 
 
 def _session_of(model: Model, scope: Scope, call: ast.Call) -> Escape | None:
@@ -115,9 +133,10 @@ def _session_of(model: Model, scope: Scope, call: ast.Call) -> Escape | None:
     if found is not None:
         return found
     if isinstance(call.func, ast.Attribute):  # session.execute(...)
-        value = model.session(call.func.value, scope)
-        if value is not None and value.kind == "session" and not value.fresh:
-            return Escape(value, call.func.value, scope, ast.unparse(call.func.value))
+        held = call.func.value
+        value = model.session(held, scope)
+        if value is not None and value.kind == "session" and not is_made_anew(held, value):
+            return Escape(value, held, scope, ast.unparse(held))
     function = model.value(call.func, scope)
     if function is None or function.kind != "function" or not isinstance(function.target, Scope):
         return None
@@ -136,20 +155,29 @@ def _locks(function: Scope) -> bool:
 
 
 def _alone(
-    model: Model, scope: Scope, call: CallFact, started: dict[str, list[CallFact]]
+    model: Model,
+    scope: Scope,
+    call: CallFact,
+    started: dict[str, list[CallFact]],
+    waiting: dict[str, CallFact],
 ) -> Iterator[Finding]:
     """A task beside this flow: nobody waits for it, or there are two of them."""
     node = call.node.args[0] if call.node.args else None
     if last_name(call.node).startswith("start_soon"):
         escape = next(escapes(model, call.node.args, scope), None)
-    elif isinstance(node, ast.Call):
+    elif isinstance(node, ast.Call) and last_name(node) not in _CLOSES:
         escape = _session_of(model, scope, node)
     else:
         return
-    if escape is None or call.role == "await" or _is_awaited(scope, call):
+    if escape is None or call.role == "await":
+        return
+    if _is_awaited(scope, call):
+        if _runs_beside(scope, waiting.get(escape.shown), call):
+            yield _finding(model, scope, call.node, escape, "several tasks")
+        waiting[escape.shown] = call
         return
     group = _in_group(scope, call)
-    looped = any(b.kind == "loop" for b in call.block.chain())
+    looped = _is_looped(scope, call.block, escape)
     same = started.setdefault(escape.shown, [])
     same.append(call)
     if group and not looped and len(same) != 2:
@@ -158,6 +186,22 @@ def _alone(
         what = "several tasks" if group or looped else "a task that nobody waits for"
         if group or len(same) == 1:
             yield _finding(model, scope, call.node, escape, what)
+
+
+def _runs_beside(scope: Scope, first: CallFact | None, call: CallFact) -> bool:
+    """Return whether the task *first* is awaited, by its name alone, after *call* starts one."""
+    if first is None or first.block not in call.block.chain():
+        return False
+    uses = [use for name in _names(first) for use in scope.uses.get(name, ())]
+    if not {use.role for use in uses} <= {"await", "method", "attribute"}:
+        return False
+    awaited = [position(use.node) for use in uses if use.role == "await"]
+    return bool(awaited) and position(call.node) < min(awaited)
+
+
+def _names(task: CallFact) -> list[str]:
+    targets = task.owner.targets if isinstance(task.owner, ast.Assign) else []
+    return [target.id for target in targets if isinstance(target, ast.Name)]
 
 
 def _in_group(scope: Scope, call: CallFact) -> bool:
@@ -173,10 +217,8 @@ def _in_group(scope: Scope, call: CallFact) -> bool:
 
 def _is_awaited(scope: Scope, call: CallFact) -> bool:
     """Return whether the task has a name that is awaited, alone, later on."""
-    owner = call.owner
-    if not isinstance(owner, ast.Assign):
+    if not isinstance(call.owner, ast.Assign):
         return call.role in {"element", "argument"}
-    names = [target.id for target in owner.targets if isinstance(target, ast.Name)]
     return any(
         use.role in {"await", "element", "return"}
         or (
@@ -184,7 +226,7 @@ def _is_awaited(scope: Scope, call: CallFact) -> bool:
             and isinstance(use.owner, ast.Call)
             and last_name(use.owner) in _WAITED_BY
         )
-        for name in names
+        for name in _names(call)
         for use in scope.uses.get(name, ())
     )
 

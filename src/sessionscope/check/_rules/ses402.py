@@ -36,6 +36,21 @@ for row in rows:
         log.warning("already there")
 ```
 
+In a loop whose commit comes later, a rollback would lose the rows of the earlier turns, and nobody
+would be told. There a savepoint stands around the flush. For that reason ``--fix`` writes no
+rollback in a loop over one session:
+
+```python
+for row in rows:
+    try:
+        with session.begin_nested():
+            session.add(User(**row))
+            session.flush()
+    except IntegrityError:
+        log.warning("already there")
+session.commit()
+```
+
 ## When to ignore
 
 Where the error cannot come from the database.
@@ -118,6 +133,7 @@ def _judge_try(
     if not tried:
         return
     path, failing = next(((p, u) for p, u in tried if u.name in _WRITES), tried[0])
+    looped = _in_loop(scope, path, block)
     for handler in node.handlers:
         caught = _caught(handler)
         if (
@@ -131,12 +147,12 @@ def _judge_try(
         if after is not None:
             text = f"and `{path}` is used again in line {after.node.lineno}"
             then = Because(scope, after.node, "and the session is used again here")
-            yield _finding(model, scope, handler, path, failing, caught, text, then)
+            yield _finding(model, scope, handler, path, failing, caught, text, then, looped)
             return
         later = _left_behind(model, scope, node, path, failing, caught, known)
         if later is not None:
             text = f"and whoever holds `{path}` goes on with it"
-            yield _finding(model, scope, handler, path, failing, caught, text, later)
+            yield _finding(model, scope, handler, path, failing, caught, text, later, looped)
             return
 
 
@@ -283,6 +299,18 @@ def _bound_in(scope: Scope, path: str, loop: Block) -> bool:
     return any(loop in binding.block.chain() for binding in scope.bindings.get(path, ()))
 
 
+def _in_loop(scope: Scope, path: str, block: Block) -> bool:
+    """Return whether a loop around *block* uses one session in each of its turns."""
+    return any(b.kind == "loop" and not _bound_in(scope, path, b) for b in block.chain())
+
+
+def _mend(path: str, failing: Use, *, looped: bool, awaited: bool) -> str:
+    if looped and failing.name != "commit":
+        line = f"{'async ' if awaited else ''}with {path}.begin_nested():"
+        return f"Write `{line}` around it: a rollback would lose the rows of the earlier turns"
+    return "Roll back first, or use begin_nested()"
+
+
 def _finding(
     model: Model,
     scope: Scope,
@@ -292,8 +320,10 @@ def _finding(
     caught: str,
     then: str,
     because: Because,
+    looped: bool,
 ) -> Finding:
     awaited = any(call.node is failing.node and call.role == "await" for call in scope.calls)
+    mend = _mend(path, failing, looped=looped, awaited=awaited)
     confidence: Confidence = "high" if caught in _ERRORS or failing.name in _WRITES else "medium"
     return model.finding(
         RULE,
@@ -301,13 +331,14 @@ def _finding(
         failing.node,
         f"An error of `{path}.{failing.name}()` is swallowed in line {handler.lineno} without a "
         f"rollback, {then}: PendingRollbackError, "
-        "or a COMMIT that PostgreSQL answers with ROLLBACK. Roll back first, or use begin_nested()",
+        f"or a COMMIT that PostgreSQL answers with ROLLBACK. {mend}",
         confidence=confidence,
         because=[
             Because(scope, failing.node, "may fail here" + (", awaited" if awaited else "")),
             Because(scope, handler.body[0], "the error ends here"),
             because,
         ],
+        fix=not looped,
     )
 
 
