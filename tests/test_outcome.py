@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from time import sleep
+from typing import Any
 
 import psycopg as driver
 import pytest
@@ -38,6 +39,30 @@ def test_a_commit_whose_answer_was_lost_is_a_success(behind: Database, proxy: Fa
     assert item.name == "pear"
     assert called == ["stored"]
     assert behind.stats().retried == 0
+
+
+@pytest.mark.parametrize("call", ["execute", "commit"])
+def test_a_socket_that_psycopg_finds_closed_is_a_lost_connection(
+    psycopg: Database, call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before libpq does: its connection does not count as closed yet."""
+    target = driver.Cursor if call == "execute" else driver.Connection
+    method = getattr(target, call)
+    left = ["once"]
+
+    def fails(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = method(self, *args, **kwargs)
+        is_ours = call == "commit" or "INSERT" in str(args[0])
+        if is_ours and left:
+            left.pop()
+            raise driver.OperationalError("connection socket closed")
+        return result
+
+    monkeypatch.setattr(target, call, fails)
+    psycopg.run(add, "pear")
+    assert not left
+    assert names(psycopg) == ["pear"]
+    assert psycopg.stats().retried == (1 if call == "execute" else 0)
 
 
 def test_a_commit_that_never_arrived_is_run_again(behind: Database, proxy: FaultProxy) -> None:

@@ -43,6 +43,9 @@ _OF_ONE_USER = (UNIT, SUSPECT, LOST, WAS_OPEN, IDENTITY, _COMMITTING, _REFUSED)
 # active_sql_transaction: after a query, no SET TRANSACTION is allowed any more.
 _AFTER_A_QUERY = "25001"
 
+# What psycopg says where libpq has not noticed yet that the server is gone (psycopg/waiting.py).
+_SOCKET_CLOSED = "connection socket closed"
+
 # What failed earlier in the transaction: the statement and the error.
 _Suspect = tuple[str | None, BaseException]
 
@@ -265,6 +268,8 @@ def _note_failure(context: ExceptionContext, database: str) -> BaseException | N
         return None
     info = connection.connection.info
     orig = context.original_exception
+    if str(orig) == _SOCKET_CLOSED:
+        context.is_disconnect = True
     scope: Scope | None = info.get(UNIT)
     if scope is not None and scope.why is not None and isinstance(orig, Exception):
         return scope.why
