@@ -1,6 +1,7 @@
 """A COMMIT whose answer is lost: what became of it is found out, not guessed."""
 
 from collections.abc import Iterator
+from threading import Thread
 from time import sleep
 from typing import Any
 
@@ -10,7 +11,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import InternalError
 from sqlalchemy.orm import Session
 
-from sessionscope import Database, _identity, after_commit
+from sessionscope import Database, _identity, _outcome, after_commit
 from sessionscope._identity import Identity
 from sessionscope._outcome import has_committed
 from sessionscope.exc import CommitUnknown
@@ -213,6 +214,27 @@ def test_an_id_does_not_answer_for_the_transaction_after_it(
     with pytest.raises(CommitUnknown):
         behind.run(work)
     assert calls == [1]
+
+
+def test_a_lost_commit_is_unknown_where_no_thread_is_to_be_had_to_ask(
+    behind: Database, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_outcome, "_PATIENCE", 0.1)
+    start = Thread.start
+
+    def start_no_more(thread: Thread) -> None:
+        if thread.name.startswith("sessionscope"):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    def work(session: Session) -> None:
+        add(session, "pear")
+        proxy.aim("cut after", b"COMMIT")
+        monkeypatch.setattr(Thread, "start", start_no_more)
+
+    with pytest.raises(CommitUnknown):
+        behind.run(work)
+    assert names(behind) == ["pear"]
 
 
 @pytest.mark.parametrize("fault", ["cut before", "cut after"])

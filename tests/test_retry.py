@@ -140,7 +140,7 @@ def test_what_has_committed_once_never_runs_again(psycopg: Database) -> None:
     assert names(psycopg) == ["stored"]
 
 
-def test_what_has_committed_by_text_never_runs_again(psycopg: Database) -> None:
+def test_what_has_committed_by_text_never_runs_again(postgres: Database) -> None:
     calls: list[int] = []
 
     def work(session: Session) -> None:
@@ -150,9 +150,9 @@ def test_what_has_committed_by_text_never_runs_again(psycopg: Database) -> None:
         session.execute(text("DO $$BEGIN RAISE serialization_failure; END$$"))
 
     with pytest.raises(OperationalError):
-        psycopg.run(work)
+        postgres.run(work)
     assert calls == [1]
-    assert names(psycopg) == ["pear"]
+    assert names(postgres) == ["pear"]
 
 
 def test_what_commits_each_statement_never_runs_again(psycopg: Database) -> None:

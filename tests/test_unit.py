@@ -3,6 +3,8 @@
 import gc
 import select as selecting
 import threading
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -11,7 +13,7 @@ from sqlalchemy import Executable, delete, insert, select, text, update
 from sqlalchemy import exc as sa_exc
 from sqlalchemy.orm import Session
 
-from sessionscope import Database, Unit, _guards, _overlap
+from sessionscope import Database, Unit, _guards, _overlap, _unit
 from sessionscope.exc import ReadOnlyUnit, SessionEnded
 from tests.models import Item, Note, names
 
@@ -397,7 +399,14 @@ def test_discard_closes_the_connection_that_another_thread_uses(postgres: Databa
     sleeping.shutdown()
 
 
-def test_discard_frees_nothing_that_another_thread_is_using(psycopg: Database) -> None:
+def _throw_away(unit: Unit[Session]) -> None:
+    unit.session.invalidate()
+
+
+@pytest.mark.parametrize("end", [Unit.discard, _throw_away])
+def test_nothing_is_freed_that_another_thread_is_using(
+    psycopg: Database, end: Callable[[Unit[Session]], None]
+) -> None:
     """libpq's connections are no thread's own: to close one under its user ends the process."""
     unit = Unit(psycopg)
     unit.admit()
@@ -405,12 +414,31 @@ def test_discard_frees_nothing_that_another_thread_is_using(psycopg: Database) -
     descriptor = driver.fileno()
     with ThreadPoolExecutor(1) as thread:
         with driver.lock:  # as it is in each of the driver's calls
-            discarding = thread.submit(unit.discard)
+            discarding = thread.submit(end, unit)
             selecting.select([descriptor], [], [], 10)  # the call fails: its line is cut
             assert not driver.closed
         discarding.result(10)
     assert driver.closed
     unit.close()
+
+
+def test_a_file_is_not_closed_under_a_thread_that_goes_on(
+    sqlite: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_unit, "_PATIENCE", 0.1)
+    endless = "WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x FROM n) SELECT count(*) FROM n"
+    unit = Unit(sqlite)
+    unit.admit()
+    session = unit.session
+    driver: Any = session.connection().connection.driver_connection
+    with ThreadPoolExecutor(1) as thread:
+        counting = thread.submit(session.execute, text(endless))
+        while not _overlap.is_in_use(session):
+            time.sleep(0.001)
+        unit.close()
+        with pytest.raises(sa_exc.OperationalError, match="interrupted"):
+            counting.result(10)
+    assert driver.execute("SELECT 1").fetchone() == (1,)
 
 
 def test_refusing_a_second_entry_leaves_the_first_alone(database: Database) -> None:

@@ -8,10 +8,11 @@ import os
 import socket
 import threading
 import weakref
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from concurrent.futures import Future, wait
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from contextvars import copy_context
+from inspect import iscoroutinefunction
 from math import ceil
 from time import monotonic
 from typing import Any, Protocol
@@ -25,6 +26,9 @@ from sessionscope.exc import PoolBusy
 
 # Seconds for which a closed connection may keep its place while the server is silent.
 CLOSING_SECONDS = 0.1
+# Seconds for which another thread may go on inside of psycopg before its connection is cut, and
+# for which that may take.
+_GRACE, _CUTTING = 0.05, 5.0
 # Seconds that libpq takes at least to give up connecting.
 _LIBPQ_SECONDS = 2
 
@@ -167,7 +171,9 @@ class Backends:
             return
         kept = keep_socket(driver_connection) if self.limit is not None else None
         try:
-            close()
+            with _alone(driver_connection) as alone:
+                if alone:
+                    close()
             if kept is not None:
                 wait_until_closed(kept, CLOSING_SECONDS)
         finally:
@@ -266,6 +272,24 @@ def shut_down(driver_connection: Any) -> None:
         # Else it was closed in this moment, and its number may be another connection's.
         if descriptor(driver_connection) is not None:
             kept.shutdown(socket.SHUT_RDWR)
+
+
+@contextmanager
+def _alone(driver_connection: Any) -> Generator[bool]:
+    """Keep other threads out of psycopg's calls, if they leave: libpq frees what they are using."""
+    lock = getattr(driver_connection, "lock", None)
+    if lock is None or iscoroutinefunction(lock.acquire):
+        yield True  # the other drivers see to that by themselves, and tasks share a thread
+        return
+    is_alone = lock.acquire(timeout=_GRACE)
+    if not is_alone:
+        shut_down(driver_connection)  # what is inside goes on, or has begun since: it fails now
+        is_alone = lock.acquire(timeout=_CUTTING)
+    try:
+        yield is_alone
+    finally:
+        if is_alone:
+            lock.release()
 
 
 def wait_until_closed(kept: socket.socket, timeout: float) -> None:

@@ -22,6 +22,8 @@ from sessionscope._guards import Scope
 
 # Of libpq: the command has returned rows; the connection is idle, or in a failed transaction.
 _PGRES_TUPLES_OK, _PQTRANS_IDLE, _PQTRANS_INERROR = 2, 0, 3
+# Of psycopg2: it has sent BEGIN, and neither COMMIT nor ROLLBACK (extensions.STATUS_BEGIN).
+_BEGUN = 2
 
 # Keys in a connection's info: the Identity of its transaction, the server that it leads to, and
 # the limit in milliseconds that it has by itself: its role's, its database's, or its options'.
@@ -185,9 +187,11 @@ def _with_psycopg2(scope: Scope, proxied: PoolProxiedConnection, limit: int | No
 
 def is_of_another(identity: Identity, proxied: PoolProxiedConnection) -> bool:
     """Return whether COMMIT or ROLLBACK sent as text has ended the transaction with that id."""
+    driver: Any = proxied.driver_connection
+    if _is_psycopg2(driver):  # which does not notice, and begins no other one
+        return bool(driver.status == _BEGUN and driver.info.transaction_status == _PQTRANS_IDLE)
     if identity.xid is None:
         return False
-    driver: Any = proxied.driver_connection
     if hasattr(driver, "riders"):  # asyncpg's
         return not driver.is_in_transaction()
     return bool(getattr(driver, "_begin_statement", b""))
@@ -195,9 +199,13 @@ def is_of_another(identity: Identity, proxied: PoolProxiedConnection) -> bool:
 
 def ask_late(identity: Identity, proxied: PoolProxiedConnection) -> None:
     """Ask for the id of a transaction that is about to commit, if it has one (a round trip)."""
-    if hasattr(proxied.driver_connection, "set_session"):  # psycopg2's
+    if _is_psycopg2(proxied.driver_connection):
         xid = _fetch_value(proxied.driver_connection, _ID_SO_FAR)
         identity.xid = int(xid) if xid else None
+
+
+def _is_psycopg2(driver: Any) -> bool:
+    return hasattr(driver, "set_session")
 
 
 def _fetch_value(driver: Any, query: str) -> str | None:
@@ -243,8 +251,8 @@ def _begin_like(driver: Any) -> str:
 
 def _send(driver: Any, command: str) -> list[Any]:
     """Return the results of *command*; where the connection is lost, the next statement says so."""
-    with suppress(sys.modules["psycopg"].Error):
-        # psycopg's own execute() would send a BEGIN of its own before this one.
+    # As psycopg's own execute() does, which would send a BEGIN of its own before this one.
+    with suppress(sys.modules["psycopg"].Error), driver.lock:
         driver.pgconn.send_query(command.encode())
         results: list[Any] = driver.wait(_results(driver))
         return results

@@ -12,16 +12,12 @@ from sqlalchemy import Connection, Pool
 from sqlalchemy.util import await_only
 from sqlalchemy.util.concurrency import in_greenlet
 
-from sessionscope._backends import shut_down
-
 # Seconds after which MySQL is asked again whether a connection has ended.
 _KILLING_SECONDS = 0.01
 # Seconds after which psycopg looks up while it waits for the server, as it does by itself.
 _LOOK_UP_SECONDS = 0.1
 # Seconds up to which SQLite counts as having nothing else to do.
 _AT_ONCE = 0.02
-# Seconds for which an interrupted statement may take to end before its connection is cut.
-_GRACE = 0.05
 
 _killing: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = WeakKeyDictionary()
 
@@ -52,24 +48,8 @@ def cut(connection: Connection) -> None:
     """
     stop(connection)
     if connection.dialect.name != "sqlite":
-        with suppress(Exception), _alone(connection.connection.driver_connection):
+        with suppress(Exception):
             connection.invalidate()
-
-
-@contextmanager
-def _alone(driver_connection: Any) -> Generator[None]:
-    """Keep other threads out of psycopg's calls: libpq frees what they are using."""
-    lock = getattr(driver_connection, "lock", None)
-    if lock is None:  # the other drivers see to that by themselves
-        yield
-        return
-    if not lock.acquire(timeout=_GRACE):
-        shut_down(driver_connection)  # what is inside goes on, or has begun since: it fails now
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def stop(connection: Connection) -> None:

@@ -15,7 +15,7 @@ from sqlalchemy.util import greenlet_spawn
 from sessionscope import _async_unit, _guards, _hooks, _identity, _overlap, _watch
 from sessionscope._deadline import Deadline
 from sessionscope._guards import Scope
-from sessionscope._interrupt import cut
+from sessionscope._interrupt import cut, stop
 from sessionscope._options import check_isolation_level, check_timeout
 from sessionscope._places import Place, caller, describe
 from sessionscope._retry import Attempts, mark
@@ -508,6 +508,14 @@ class Unit(Generic[SessionT]):
 
     def _throw_away(self, session: Session) -> None:
         self._log_failure("close()")
+        connection = self._scope.connection
+        if (
+            connection is not None
+            and _overlap.is_in_use(session)
+            and self._source.options.is_sqlite
+        ):
+            stop(connection)  # and not closed: it goes back when no thread knows the session
+            return
         with suppress(Exception):
             _overlap.invalidate(session)
 
