@@ -39,6 +39,13 @@ def limit_statements(engine: Engine) -> None:
         setattr(dialect, name, partial(_execute, dialect, getattr(dialect, name), many))
 
 
+def forget_unread(driver_connection: Any) -> None:
+    """Let PyMySQL not read what is left of a stream whose line was cut, and complain."""
+    result: Any = getattr(driver_connection, "_result", None)
+    if hasattr(result, "unbuffered_active"):
+        result.unbuffered_active = False
+
+
 def _execute(
     dialect: Dialect,
     execute: Callable[..., None],

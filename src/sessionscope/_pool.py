@@ -19,6 +19,7 @@ from sqlalchemy.util.queue import Empty, Full, QueueCommon
 from sessionscope._backends import Backends
 from sessionscope._deadline import within
 from sessionscope._interrupt import interrupt
+from sessionscope._mysql import forget_unread
 from sessionscope.exc import DeadlineExceeded, PoolBusy
 
 
@@ -123,7 +124,10 @@ class _CountedPool(pool.Pool):
     def _close_connection(self, connection: DBAPIConnection, *, terminate: bool = False) -> None:
         driver_connection = self._dialect.get_driver_connection(connection)
         close = partial(super()._close_connection, connection, terminate=terminate)
-        cancel = partial(interrupt, self, driver_connection) if terminate else None
+        cancel = None
+        if terminate:
+            forget_unread(driver_connection)
+            cancel = partial(interrupt, self, driver_connection)
         self.backends.close(connection, driver_connection, close, cancel)
 
     def recreate(self) -> Any:

@@ -56,7 +56,8 @@ class TimedCursor:
             return self._timer.run(work, *args, **kwargs)
         except DeadlineExceeded:  # after which SQLAlchemy closes the connection, and no cursor
             if self._timer.discard():
-                _close(self._cursor)
+                with suppress(Exception):
+                    self._cursor.close()
             raise
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -79,15 +80,6 @@ class TimedCursor:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def _close(cursor: Any) -> None:
-    """Close a cursor whose connection is closed."""
-    result: Any = getattr(cursor, "_result", None)
-    if hasattr(result, "unbuffered_active"):  # PyMySQL would read the rest, and complain
-        result.unbuffered_active = False
-    with suppress(Exception):
-        cursor.close()
 
 
 def watch_cursors(connection: Connection, timer: _Timer) -> None:
