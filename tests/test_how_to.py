@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.documents import loaded
+from tests.plugin import PLUGIN
 from tests.test_readme import BLOCKS, MODELS, ROOT, SHARED, run
 
 PAGES = sorted((ROOT / "docs" / "how-to").glob("*.md"))
@@ -259,8 +260,7 @@ def test_the_tests_of_a_page_pass_and_leave_nothing(page: str, project: Path) ->
     names = write(page, project)
     pytest_of_the_reader = (
         "import pytest, sys\n"
-        "sys.exit(pytest.main(['-q', '-p', 'sessionscope.pytest_plugin', '-p', 'no:asyncio',"
-        " '-p', 'no:cacheprovider']))"
+        f"sys.exit(pytest.main(['-q', *{PLUGIN}, '-p', 'no:asyncio', '-p', 'no:cacheprovider']))"
     )
     assert f"{TESTS[page]} passed" in run(project, pytest_of_the_reader)
     assert {name for name in names if name.startswith(OF_TESTS)} <= loaded(project)

@@ -20,6 +20,7 @@ import pytest
 
 import sessionscope
 from sessionscope._cli import main
+from tests.plugin import PLUGIN
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = Path(sessionscope.__file__).parent
@@ -71,7 +72,7 @@ def run(
 
 def run_pytest(folder: Path, *arguments: str, code: int = 0) -> str:
     """Run the project's tests, on an application whose own database cannot be reached."""
-    plugins = ("-p", "sessionscope.pytest_plugin", "-p", "no:asyncio", "-p", "no:cacheprovider")
+    plugins = (*PLUGIN, "-p", "no:asyncio", "-p", "no:cacheprovider")
     command = ("-m", "pytest", "-q", *plugins, *arguments)
     return run(folder, *command, database_url=NOBODY, code=code).stdout
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from sessionscope.testing import PostgresServer
+from tests.plugin import PLUGIN
 
 pytest_plugins = ["pytester"]
 
@@ -108,7 +109,7 @@ def project(request: pytest.FixtureRequest, pytester: pytest.Pytester) -> pytest
 def run(project: pytest.Pytester, *options: str) -> pytest.RunResult:
     """Run the project's tests as its user would, in an interpreter of its own."""
     project.makepyprojecttoml("[tool.pytest.ini_options]\npythonpath = '.'\n")
-    plugin = ("-p", "sessionscope.pytest_plugin", "-p", "no:cacheprovider", "-W", "error")
+    plugin = (*PLUGIN, "-p", "no:cacheprovider", "-W", "error")
     return project.runpytest_subprocess(*plugin, *options)
 
 
@@ -305,13 +306,14 @@ def test_pytest_starts_without_sqlalchemy_where_no_fixture_is_used(
 ) -> None:
     """The entry point is loaded in every project of the environment."""
     pytester.makepyfile(test_it="def test_it(): pass")
-    script = """
+    script = f"""
 import sys
 import pytest
-status = pytest.main(["--co", "-q", "-p", "sessionscope.pytest_plugin", "-p", "no:cacheprovider",
+status = pytest.main(["--co", "-q", *{PLUGIN}, "-p", "no:cacheprovider",
                       "-p", "no:anyio", "-p", "no:asyncio", "-p", "no:hypothesispytest"])
-loaded = {"sqlalchemy", "sessionscope._database", "sessionscope.testing._stack"} & set(sys.modules)
-sys.exit(f"{loaded} {status}" if loaded or status else 0)
+heavy = {{"sqlalchemy", "sessionscope._database", "sessionscope.testing._stack"}}
+loaded = heavy & {{*sys.modules}}
+sys.exit(f"{{loaded}} {{status}}" if loaded or status else 0)
 """
     finished = subprocess.run(
         [sys.executable, "-c", script],

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.plugin import PLUGIN
+
 ROOT = Path(__file__).parent.parent
 GUIDE = (ROOT / "docs" / "how-to" / "test-with-sandbox.md").read_text(encoding="utf-8")
 BLOCKS = dict(re.findall(r"```python\n# (\w+\.py)[^\n]*\n(.*?)```", GUIDE, re.DOTALL))
@@ -51,7 +53,7 @@ def run(project: Path, *command: str) -> str:
 
 
 def run_pytest(project: Path, *arguments: str) -> str:
-    plugins = ("-p", "sessionscope.pytest_plugin", "-p", "no:asyncio", "-p", "no:cacheprovider")
+    plugins = (*PLUGIN, "-p", "no:asyncio", "-p", "no:cacheprovider")
     return run(project, "pytest", "-q", *plugins, *arguments)
 
 

@@ -16,11 +16,10 @@ import httpx2
 import pytest
 from sqlalchemy import text
 
-import sessionscope
 from sessionscope import Database
 from tests.models import create_tables, names
 
-ROOT = Path(sessionscope.__file__).parents[2]
+ROOT = Path(__file__).parent.parent
 WRITERS, ENOUGH, QUESTIONS = 8, 40, 300
 PATIENCE = 30.0
 

@@ -8,12 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.documents import ROOT, Block, blocks_of, loaded
+from tests.plugin import PLUGIN
 
 PAGE = ROOT / "docs" / "tutorial.md"
 # The commands that a network is needed for: `make init-test` runs what they lead to.
 INSTALL = {"python3 -m venv .tools", ".tools/bin/pip install ~/src/sessionscope"}
 AGAIN = ["app/models.py", "app/schemas.py", "app/main.py"]
-PLUGINS = ["-p", "sessionscope.pytest_plugin", "-p", "no:asyncio", "-p", "no:cacheprovider"]
+PLUGINS = [*PLUGIN, "-p", "no:asyncio", "-p", "no:cacheprovider"]
 # What `make run` serves, without a server.
 SERVE = (
     "from fastapi.testclient import TestClient\n"
