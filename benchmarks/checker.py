@@ -30,6 +30,7 @@ for source in sources:
     except (SyntaxError, ValueError):
         pass
 seconds = time.process_time() - start
+del sources, source
 """
 CHECK = """
 import gc, json, pathlib, resource, time
@@ -102,7 +103,7 @@ def _report(cold: list[tuple[float, float, float, float]], warm: Spread, ruff: S
         [
             Figure("cold, beside ast.parse alone", ratio.median, at_least=0.33),
             Figure("with a warm cache", warm.median, "s", at_most=0.3),
-            Figure("memory, sources of the parse included", memory, "MB"),
+            Figure("peak memory of the process", memory, "MB"),
         ]
     )
     rows = [

@@ -1,6 +1,7 @@
 """The facts that the walk collects: scopes, and what happens to each name in them."""
 
 import ast
+import posixpath
 from collections.abc import Iterable, Iterator
 from typing import Literal, NamedTuple
 
@@ -89,6 +90,7 @@ class Scope:
     """A module, class or function and everything that was seen directly in it."""
 
     __slots__ = (
+        "asked",
         "bindings",
         "block",
         "calls",
@@ -128,6 +130,7 @@ class Scope:
         self.is_async = isinstance(node, ast.AsyncFunctionDef)
         self.is_generator = False
         self.raises = False  # ends with a ``raise``
+        self.asked = False  # calls a method that a session has, on whatever it may be
         self.bindings: dict[str, list[Binding]] = {}
         self.uses: dict[str, list[Use]] = {}
         self.calls: list[CallFact] = []
@@ -194,15 +197,29 @@ class Scope:
 class Module:
     """One source file."""
 
-    __slots__ = ("forever", "local", "main", "name", "path", "relevant", "scope", "scopes", "stars")
+    __slots__ = (
+        "folder",
+        "forever",
+        "imports",
+        "local",
+        "main",
+        "name",
+        "path",
+        "relevant",
+        "scope",
+        "scopes",
+        "stars",
+    )
 
     def __init__(self, path: str, name: str) -> None:
         self.path = path
+        self.folder = posixpath.dirname(path)
         self.local = path  # below the folder that was named
         self.name = name
         self.relevant = True
         self.forever = False  # has a ``while True``: a process that does not end
         self.main: Block | None = None  # the block of ``if __name__ == "__main__"``
+        self.imports: list[str] = []  # what its import statements name, but for stars
         self.stars: list[str] = []
         self.scopes: list[Scope] = []
         self.scope = Scope("module", "", ast.Module([], []), None, self)

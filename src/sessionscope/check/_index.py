@@ -67,7 +67,7 @@ class Index:
         """Return the module that the absolute *name* means in *importer*."""
         if name.partition(".")[0] in _FOREIGN or name.startswith("<"):
             return None
-        folder = posixpath.dirname(importer.path)
+        folder = importer.folder
         key = folder, name
         if key not in self._found:
             self._found[key] = self._search(importer, folder, name)
@@ -88,7 +88,7 @@ class Index:
 
     def _beside(self, importer: Module, tail: str) -> Module | None:
         """A package whose modules import one another as if run from inside of it."""
-        folder = posixpath.dirname(importer.path)
+        folder = importer.folder
         while folder in self._packages:
             found = self._files.get(f"{folder}/{tail}" if folder else tail)
             if found is not None and found is not importer:
@@ -115,7 +115,7 @@ class Index:
         return (module, "") if module is not None else None
 
     def _folder(self, importer: Module, level: int) -> str:
-        folder = posixpath.dirname(importer.path)
+        folder = importer.folder
         for _ in range(level - 1):
             folder = posixpath.dirname(folder)
         return folder
@@ -137,13 +137,8 @@ class Index:
     def importers(self) -> Iterator[tuple[Module, Module]]:
         """Yield (who imports, what is imported) for all imports of the project."""
         for module in self.modules:
-            for scope in module.scopes:
-                for bindings in scope.bindings.values():
-                    for binding in bindings:
-                        if binding.kind == "import":
-                            yield from self._targets(module, str(binding.value))
-            for origin in module.stars:
-                yield from self._targets(module, origin)
+            for target in (*module.imports, *module.stars):
+                yield from self._targets(module, target)
 
     def _targets(self, module: Module, target: str) -> Iterator[tuple[Module, Module]]:
         found = self.imported(module, target)

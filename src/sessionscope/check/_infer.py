@@ -107,11 +107,9 @@ class Inference:
     def _has_sessions(self) -> bool:
         """Whether the project imports a library whose sessions these may be."""
         return any(
-            binding.kind == "import" and str(binding.value).startswith(_LIBRARIES)
+            target.startswith(_LIBRARIES)
             for module in self.index.modules
-            for scope in module.scopes
-            for bindings in scope.bindings.values()
-            for binding in bindings
+            for target in module.imports
         )
 
     def annotation(self, node: ast.expr | None, scope: Scope) -> Value | None:

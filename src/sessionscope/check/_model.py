@@ -102,12 +102,9 @@ class Model:
     def libraries(self) -> frozenset[str]:
         """The top names of what the project imports from outside."""
         return frozenset(
-            str(b.value).partition(":")[0].partition(".")[0]
+            target.partition(":")[0].partition(".")[0]
             for module in self.index.modules
-            for scope in module.scopes
-            for bindings in scope.bindings.values()
-            for b in bindings
-            if b.kind == "import"
+            for target in module.imports
         )
 
     @cached_property
@@ -126,6 +123,8 @@ class Model:
 
     def session_uses(self, scope: Scope) -> list[tuple[str, Use, Value]]:
         """Return the method calls on sessions in *scope*, in order."""
+        if not scope.asked:
+            return []
         known = scope.memo.get("session uses")
         if isinstance(known, list):
             return cast("list[tuple[str, Use, Value]]", known)

@@ -26,6 +26,7 @@ class Suppression:
 
 
 _ANY = re.compile(rb"#\s*noqa", re.IGNORECASE)
+_OURS = re.compile(rb"#\s*noqa:.*SES", re.IGNORECASE)
 _OTHERS = re.compile(rb"#\s*noqa:(?!.*SES)", re.IGNORECASE)
 
 
@@ -36,12 +37,67 @@ def _candidates(source: bytes) -> Iterator[str]:
             yield line.decode("utf-8", "replace")
 
 
-def suppressions(source: bytes) -> list[Suppression]:
-    """Return the suppressions in *source*."""
-    if _ANY.search(source) is None or not any(
+def _may_speak_to_us(source: bytes) -> bool:
+    return _ANY.search(source) is not None and any(
         _COMMENT.search(line) for line in _candidates(source)
-    ):
-        return []
+    )
+
+
+class Comments:
+    """The suppressions of a run; a file is tokenized, which is slow, where it can matter alone."""
+
+    def __init__(self) -> None:
+        self._sources: dict[str, bytes] = {}
+        self._read: dict[str, list[Suppression]] = {}
+
+    def add(self, path: str, source: bytes) -> None:
+        """Keep *source*, if it may hold a suppression."""
+        if _may_speak_to_us(source):
+            self._sources[path] = source
+
+    def keep(self, findings: Iterable[Finding]) -> list[Finding]:
+        """Return the findings that no comment suppresses."""
+        kept: list[Finding] = []
+        for finding in findings:
+            suppressed = False
+            for comment in self._of(finding.path):
+                if comment.line not in {finding.line, finding.end_line}:
+                    continue
+                if not comment.codes or finding.code in comment.codes:
+                    comment.used.add(finding.code)
+                    suppressed = True
+            if not suppressed:
+                kept.append(finding)
+        return kept
+
+    def unused(self, codes: Iterable[str]) -> list[Finding]:
+        """Return a finding for each suppression of one of *codes* that suppressed nothing."""
+        applied = set(codes)
+        return [
+            Finding(
+                path=path,
+                line=comment.line,
+                column=comment.column,
+                end_line=comment.line,
+                code=UNUSED_NOQA,
+                name="unused-noqa",
+                message=f"`# noqa: {code}` suppresses nothing here: the next real {code} in this "
+                "line would go unseen. Delete it",
+                confidence="high",
+            )
+            for path, source in self._sources.items()
+            if _OURS.search(source)
+            for comment in self._of(path)
+            for code in sorted((comment.codes & applied) - comment.used)
+        ]
+
+    def _of(self, path: str) -> list[Suppression]:
+        if path not in self._read:
+            self._read[path] = _suppressions(self._sources.get(path, b""))
+        return self._read[path]
+
+
+def _suppressions(source: bytes) -> list[Suppression]:
     found: list[Suppression] = []
     try:
         for token in tokenize.tokenize(io.BytesIO(source).readline):
@@ -52,40 +108,3 @@ def suppressions(source: bytes) -> list[Suppression]:
     except (tokenize.TokenError, SyntaxError, UnicodeDecodeError, LookupError):
         return found
     return found
-
-
-def keep(findings: Iterable[Finding], comments: dict[str, list[Suppression]]) -> list[Finding]:
-    """Return the findings that no comment suppresses."""
-    kept: list[Finding] = []
-    for finding in findings:
-        suppressed = False
-        for comment in comments.get(finding.path, ()):
-            if comment.line not in {finding.line, finding.end_line}:
-                continue
-            if not comment.codes or finding.code in comment.codes:
-                comment.used.add(finding.code)
-                suppressed = True
-        if not suppressed:
-            kept.append(finding)
-    return kept
-
-
-def unused(comments: dict[str, list[Suppression]], codes: Iterable[str]) -> list[Finding]:
-    """Return a finding for each suppression of one of *codes* that suppressed nothing."""
-    applied = set(codes)
-    return [
-        Finding(
-            path=path,
-            line=comment.line,
-            column=comment.column,
-            end_line=comment.line,
-            code=UNUSED_NOQA,
-            name="unused-noqa",
-            message=f"`# noqa: {code}` suppresses nothing here: the next real {code} in this line "
-            "would go unseen. Delete it",
-            confidence="high",
-        )
-        for path, found in comments.items()
-        for comment in found
-        for code in sorted((comment.codes & applied) - comment.used)
-    ]

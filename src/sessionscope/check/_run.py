@@ -12,7 +12,7 @@ from sessionscope.check._finding import Report
 from sessionscope.check._index import Index, module_name
 from sessionscope.check._infer import Inference
 from sessionscope.check._model import Model
-from sessionscope.check._noqa import Suppression, keep, suppressions, unused
+from sessionscope.check._noqa import Comments
 from sessionscope.check._parse import parse, read
 from sessionscope.check._registry import RULES
 from sessionscope.check._versions import Version
@@ -26,7 +26,7 @@ class Project:
         self._config = config
         self._version = version
         self._index = Index()
-        self.comments: dict[str, list[Suppression]] = {}
+        self._comments = Comments()
         self.report = Report()
 
     def read(self, files: Iterable[SourceFile]) -> None:
@@ -56,9 +56,7 @@ class Project:
             return
         module.local = local
         self._index.add(module)
-        comments = suppressions(source)
-        if comments:
-            self.comments[path] = comments
+        self._comments.add(path, source)
 
     def model(self) -> Model:
         """Return the model of all that was read."""
@@ -73,9 +71,9 @@ class Project:
         model = self.model()
         # A comment is in use too where this run would not have shown its finding.
         found = dict.fromkeys(finding for code in codes for finding in RULES[code].judge(model))
-        findings = [f for f in keep(found, self.comments) if config.wants(f)]
+        findings = [f for f in self._comments.keep(found) if config.wants(f)]
         if config.reports_unused_noqa():
-            findings += unused(self.comments, codes)
+            findings += self._comments.unused(codes)
         self.report.findings = sorted(findings, key=lambda f: (f.path, f.line, f.column, f.code))
         return self.report
 

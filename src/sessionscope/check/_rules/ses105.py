@@ -50,9 +50,9 @@ _STEPS = frozenset({"__next__", "__anext__", "send", "asend"})
 
 def judge(model: Model) -> Iterator[Finding]:
     """Find providers that are not run to their end."""
+    for scope, call in model.calls_of(("next", "anext", *_STEPS)):
+        yield from _stepped(model, scope, call)
     for scope in model.scopes:
-        for call in scope.calls:
-            yield from _stepped(model, scope, call)
         yield from _used_as_session(model, scope)
         yield from _left_loops(model, scope)
 
@@ -165,6 +165,8 @@ def _names(scope: Scope, call: CallFact) -> list[str]:
 
 def _used_as_session(model: Model, scope: Scope) -> Iterator[Finding]:
     """``db = get_db()`` and then ``db.query()``."""
+    if not scope.asked:
+        return
     for path, uses in scope.uses.items():
         for use in uses:
             if use.role != "method" or use.name not in _OF_SESSIONS:
