@@ -111,6 +111,40 @@ def test_an_empty_tree_is_not_called_clean(command: Command) -> None:
     assert (code, out) == (0, "Nothing was checked: no Python file was found.\n")
 
 
+@pytest.mark.parametrize("option", ["--statistics", "--format=json", "--providers", "--fix"])
+def test_an_empty_tree_is_told_with_every_option(command: Command, option: str) -> None:
+    code, out, err = command("check", option, ".")
+    assert code == 0
+    assert (out + err).count("Nothing was checked: no Python file was found.\n") == 1
+
+
+@pytest.mark.parametrize("option", ["--statistics", "--format=github", "--providers"])
+def test_files_that_cannot_be_parsed_are_not_called_checked(
+    folder: Path, command: Command, option: str
+) -> None:
+    """Where there are no others, nothing was checked, and that is not clean."""
+    (folder / "broken.py").write_text("def f(:\n")
+    for _ in range(2):  # the second time from the cache
+        code, out, err = command("check", option, ".")
+        assert code == 2
+        assert "Nothing was checked: no file could be read.\n" in out + err
+        assert "No findings" not in out
+
+
+@pytest.mark.parametrize("source", [LEAK, "x = 1\n"])
+def test_fixes_without_libcst_are_refused_in_one_line(
+    folder: Path, command: Command, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    """The exit code is 2, whatever is found; the findings are told all the same."""
+    (folder / "app.py").write_text(source)
+    monkeypatch.setitem(sys.modules, "libcst", None)
+    found = command("check", ".")[1]
+    code, out, err = command("check", "--fix", ".")
+    assert (code, out) == (2, found)
+    assert err == "sessionscope: --fix needs LibCST: pip install 'sessionscope[codemod]'\n"
+    assert (folder / "app.py").read_text() == source
+
+
 def test_files_of_any_kind_are_one_line_each(folder: Path, command: Command) -> None:
     """What cannot be parsed is reported, stops nothing, and makes the exit code 2."""
     (folder / "app.py").write_text(LEAK)

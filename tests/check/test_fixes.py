@@ -14,6 +14,7 @@ import pytest
 from sessionscope import _cli
 from sessionscope.check import Config, Finding, check_source
 from sessionscope.check._fix import mend
+from sessionscope.check._fix_imports import with_import
 from sessionscope.check._registry import RULES
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -24,7 +25,7 @@ MARKS = {
     "SES102": ("with ", ".close()"),
     "SES105": ("with ",),
     "SES103": ("try:", "finally:", "    "),
-    "SES107": ("pass", ".close()"),
+    "SES107": ("pass", ".close()", "try:", "finally:", "    "),
     "SES205": ("async ",),
     "SES206": ('scope="function"',),
     "SES304": ("poolclass=StaticPool", "import StaticPool"),
@@ -221,6 +222,87 @@ def test_the_import_stands_above_what_uses_it(folder: Path) -> None:
     exec(mended(source, "SES304"), namespace)
     assert namespace["__doc__"] == "Doc."
     assert type(namespace["engine"].pool).__name__ == "StaticPool"  # type: ignore[attr-defined]
+
+
+BY_HAND = """
+
+def get_db():
+    with SessionLocal() as session:
+        yield session
+
+
+def count() -> int:
+    session = next(get_db())
+    return session.scalar("SELECT 1")
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (
+            "import os\nfrom pathlib import Path\n\nfrom database import SessionLocal\n",
+            (
+                "import os\nfrom contextlib import contextmanager\nfrom pathlib import Path\n\n"
+                "from database import SessionLocal\n"
+            ),
+        ),
+        (
+            '"""Doc."""\n\nfrom .database import SessionLocal\n',
+            (
+                '"""Doc."""\n\nfrom contextlib import contextmanager\n\n'
+                "from .database import SessionLocal\n"
+            ),
+        ),
+        (
+            '"""Doc."""\n\n__version__ = "1"\n\nimport os\nimport sqlalchemy\n',
+            (
+                '"""Doc."""\n\n__version__ = "1"\n\nimport os\n'
+                "from contextlib import contextmanager\n\nimport sqlalchemy\n"
+            ),
+        ),
+        (
+            "from __future__ import annotations\n",
+            "from __future__ import annotations\n\nfrom contextlib import contextmanager\n",
+        ),
+    ],
+)
+def test_the_import_stands_in_order_among_the_imports(before: str, after: str) -> None:
+    assert with_import((before + BY_HAND).encode(), "contextmanager").decode() == after + BY_HAND
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (
+            (
+                "    # all of it\n    try:\n        db.commit()\n        return 1\n"
+                "    finally:\n        db.close()\n"
+            ),
+            "    # all of it\n    db.commit()\n    return 1\n",
+        ),
+        (
+            (
+                "    try:\n        db.commit()\n    except ValueError:\n        db.rollback()\n"
+                "        raise\n    finally:\n        db.close()\n"
+            ),
+            (
+                "    try:\n        db.commit()\n    except ValueError:\n        db.rollback()\n"
+                "        raise\n"
+            ),
+        ),
+        (
+            "    try:\n        db.commit()\n    finally:\n        db.close()\n        log()\n",
+            "    try:\n        db.commit()\n    finally:\n        log()\n",
+        ),
+    ],
+)
+def test_a_finally_that_only_closed_goes_with_the_close(
+    folder: Path, before: str, after: str
+) -> None:
+    """What was tried stands for itself then, at the indentation around it."""
+    head = f"{HEAD}\ndef create(db: Session):\n"
+    assert mended(head + before, "SES107") == head + after
 
 
 @pytest.mark.parametrize(

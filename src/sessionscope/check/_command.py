@@ -29,7 +29,7 @@ from sessionscope.check._files import (
     stamp,
 )
 from sessionscope.check._finding import CONFIDENCES, Report
-from sessionscope.check._report import as_json, github, statistics, text
+from sessionscope.check._report import as_json, github, nothing, statistics, text
 from sessionscope.check._versions import Version, fastapi_version
 
 CLEAN, FOUND, UNUSABLE = 0, 1, 2
@@ -100,13 +100,15 @@ def check(arguments: argparse.Namespace) -> int:
         batches = _batches(arguments, problems)
     except UsageError as error:
         return _unusable(str(error))
+    if arguments.fix and not _can_fix():
+        _unusable("--fix needs LibCST: pip install 'sessionscope[codemod]'")
     if arguments.providers:
         return _print_providers(batches, problems)
     reports = [_checked(batch, arguments) for batch in batches]
     report = _joined(problems, reports)
     _print(report, arguments)
     gc.freeze()
-    if report.problems:
+    if report.problems or (arguments.fix and not _can_fix()):
         return UNUSABLE
     failed = any(
         batch.config.fails(finding)
@@ -166,7 +168,7 @@ def _checked(batch: Batch, arguments: argparse.Namespace) -> Report:
     # Before they are read: whatever changes later is not overwritten.
     stamps = {file.path: stamp(file.full) for file in batch.files} if arguments.fix else {}
     report = _report(batch, cached=not arguments.no_cache)
-    if arguments.fix:
+    if arguments.fix and _can_fix():
         report = _fixed(report, batch, stamps, unsafe=arguments.unsafe_fixes)
     return report
 
@@ -205,25 +207,34 @@ def _loaded(name: str) -> Any:
 
 def _print_providers(batches: list[Batch], problems: list[Problem]) -> int:
     running = _loaded("_run")
+    reports: list[Report] = []
     with running.quietly():
         for batch in batches:
             project = running.Project(batch.config, batch.framework)
             project.read(batch.files)
             for line in _loaded("_providers").describe(project.model()):
                 print(line)
-            problems += project.report.problems
-    _warn(problems)
-    return UNUSABLE if problems else CLEAN
+            reports.append(project.report)
+    report = _joined(problems, reports)
+    _warn(report.problems)
+    if not report.files:
+        print(nothing(report), file=sys.stderr)
+    return UNUSABLE if report.problems else CLEAN
 
 
-def _fixed(report: Report, batch: Batch, stamps: dict[str, bytes], *, unsafe: bool) -> Report:
+def _can_fix() -> bool:
+    """Return whether LibCST, which makes the fixes, is installed."""
     try:
-        fix = _loaded("_fix")
+        import_module("libcst")
     except ModuleNotFoundError as error:
         if error.name != "libcst":
             raise
-        print('Fixes need LibCST: pip install "sessionscope[codemod]"', file=sys.stderr)
-        return report
+        return False
+    return True
+
+
+def _fixed(report: Report, batch: Batch, stamps: dict[str, bytes], *, unsafe: bool) -> Report:
+    fix = _loaded("_fix")
     files = {f.path: fix.Checked(Path(f.full), stamps[f.path]) for f in batch.files}
     number, problems = fix.apply(report.findings, files, unsafe=unsafe)
     print(f"Fixed {number} finding{'' if number == 1 else 's'}.", file=sys.stderr)
@@ -247,7 +258,7 @@ def _print(report: Report, arguments: argparse.Namespace) -> None:
             return
     _warn(report.problems)
     if not report.files:
-        print("Nothing was checked: no Python file was found.", file=sys.stderr)
+        print(nothing(report), file=sys.stderr)
 
 
 def _warn(problems: Iterable[Problem]) -> None:

@@ -144,6 +144,33 @@ class _DeleteStatement(Fix):
         line = cst.SimpleStatementLine([cst.Pass()])
         return updated_node.with_changes(body=[line])
 
+    def leave_Try(  # noqa: N802 - LibCST calls it so
+        self, original_node: cst.Try, updated_node: cst.Try
+    ) -> cst.BaseStatement | cst.FlattenSentinel[cst.BaseStatement]:
+        """A ``finally`` that has nothing else to do goes too, and a bare ``try`` with it."""
+        finals = original_node.finalbody
+        if finals is None or not self._is_all_of(finals.body):
+            return updated_node
+        if updated_node.handlers:
+            return updated_node.with_changes(finalbody=None)
+        body = updated_node.body
+        if not isinstance(body, cst.IndentedBlock) or body.header.comment is not None:
+            return updated_node
+        first, *rest = body.body
+        leading = [*updated_node.leading_lines, *getattr(first, "leading_lines", ())]
+        return cst.FlattenSentinel([first.with_changes(leading_lines=leading), *rest])
+
+    def _is_all_of(self, body: cst.BaseSuite) -> bool:
+        """Return whether the call that closes is all that *body* does, and nobody comments it."""
+        lines = body.body
+        return (
+            len(lines) == 1
+            and isinstance(lines[0], cst.SimpleStatementLine)
+            and self.at(lines[0])[0] == self.place[0]
+            and _closes(lines[0])
+            and "#" not in cst.Module([]).code_for_node(body)
+        )
+
 
 class _PlainDef(Fix):
     """SES205: ``def`` instead of ``async def``."""

@@ -485,7 +485,8 @@ class Inference:
         if name in DATABASES or (
             name.endswith("Database.from_env") and name.startswith("sessionscope.")
         ):
-            return Value("instance", name=name.removesuffix(".from_env"))
+            known = name.removesuffix(".from_env")
+            return Value("instance", name=known, node=node, scope=scope)
         if is_extension(name):
             return Value("instance", name=name)
         made = instance_of(name)

@@ -23,10 +23,16 @@ def summary(report: Report) -> Iterator[str]:
     for problem in report.problems:
         yield f"{problem.path}:{problem.line}: {problem.text}"
     if not report.files:
-        yield "Nothing was checked: no Python file was found."
+        yield nothing(report)
         return
     found = _counted(len(report.findings), "finding") if report.findings else "No findings"
     yield f"{found} in {_counted(report.files, 'file')}."
+
+
+def nothing(report: Report) -> str:
+    """Return the line for a run that has checked no file; its problems tell why, if it has any."""
+    why = "no file could be read" if report.problems else "no Python file was found"
+    return f"Nothing was checked: {why}."
 
 
 def _counted(number: int, noun: str) -> str:

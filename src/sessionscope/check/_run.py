@@ -45,8 +45,6 @@ class Project:
     def add(self, path: str, source: bytes, local: str, packages: set[str]) -> None:
         """Parse and walk one file."""
         tree = parse(source, path, self.report.problems)
-        self.report.files += 1
-        self.report.lines += source.count(b"\n")
         if tree is None:
             return
         try:
@@ -54,6 +52,8 @@ class Project:
         except RecursionError:
             self.report.problems.append(Problem(path, 1, "is nested too deeply"))
             return
+        self.report.files += 1
+        self.report.lines += source.count(b"\n")
         module.local = local
         self._index.add(module)
         self._comments.add(path, source)

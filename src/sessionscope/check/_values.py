@@ -136,7 +136,9 @@ def method_call(function: Value, node: ast.Call | None, scope: Scope) -> Value |
         inner = Value("session", base.is_async, node=node, scope=scope, bound=base)
         return Value("manager", base.is_async, inner=inner, name="begin")
     if base.name in DATABASES and name == "begin":
-        return Value("manager", inner=DATABASES[base.name])
+        inner = DATABASES[base.name]
+        ends = "" if node is not None and _is_read_only(node) else "begin"
+        return Value("manager", inner.is_async, inner=inner, name=ends)
     if base.kind == "generator" and name in {"__next__", "__anext__", "send", "asend"}:
         return base.inner
     if base.kind == "manager" and name in {"__enter__", "__aenter__"}:
@@ -146,3 +148,11 @@ def method_call(function: Value, node: ast.Call | None, scope: Scope) -> Value |
     if base.kind == "session" and name in {"begin", "begin_nested"}:
         return Value("manager", base.is_async, inner=None, name="begin", bound=base)
     return None
+
+
+def _is_read_only(call: ast.Call) -> bool:
+    """Return whether *call* says ``read_only=True``: such a unit has nothing to commit."""
+    return any(
+        k.arg == "read_only" and isinstance(k.value, ast.Constant) and k.value.value is True
+        for k in call.keywords
+    )

@@ -2,8 +2,8 @@
 
 ## What it does
 
-Flags ``create_engine()``, ``create_async_engine()`` and ``sessionmaker()`` in a function that
-runs per request, task, message or event.
+Flags ``create_engine()``, ``create_async_engine()``, ``sessionmaker()`` and sessionscope's
+``Database()`` in a function that runs per request, task, message or event.
 
 ## Why it bites in production
 
@@ -44,6 +44,7 @@ from collections.abc import Iterator
 from sessionscope.check._facts import CallFact, Scope, decorator_names
 from sessionscope.check._finding import Finding, Rule
 from sessionscope.check._model import Because, Model, is_migration
+from sessionscope.check._values import DATABASES
 
 _CACHES = frozenset(
     {
@@ -76,11 +77,14 @@ def judge(model: Model) -> Iterator[Finding]:
 def _judge_call(model: Model, scope: Scope, call: CallFact) -> Iterator[Finding]:
     name = call.name
     made = model.value(call.node, scope)
-    if made is None or made.kind not in {"engine", "factory"} or made.node is not call.node:
+    if made is None or made.node is not call.node:
+        return
+    what = "engine" if made.name in DATABASES else made.kind
+    if what not in _COSTS:
         return
     if made.kind == "factory" and _binds_engine_made_here(model, scope, call.node):
         return
-    if _kept(scope, call) or not _is_fixed(call.node, scope):
+    if _kept(scope, call) or not (name == "from_env" or _is_fixed(call.node, scope)):
         return
     chain = _reached(model, scope, 0, set())
     if chain is None:
@@ -90,7 +94,7 @@ def _judge_call(model: Model, scope: Scope, call: CallFact) -> Iterator[Finding]
         RULE,
         scope,
         call.node,
-        f"`{name}()` runs {runs} here: each call makes {_COSTS[made.kind]}. Make it once, at the "
+        f"`{name}()` runs {runs} here: each call makes {_COSTS[what]}. Make it once, at the "
         "top of a module",
         because=because,
         fix=_can_be_hoisted(scope, call),
@@ -126,6 +130,9 @@ _MAKERS = (
     "async_engine_from_config",
     "sessionmaker",
     "async_sessionmaker",
+    "Database",
+    "AsyncDatabase",
+    "from_env",
 )
 
 
@@ -168,6 +175,8 @@ def _same_each_time(node: ast.expr, scope: Scope, depth: int) -> bool:
 
 def _kept(scope: Scope, call: CallFact) -> bool:
     """It is cached, global, stored in an object, disposed of, or made only if it is missing."""
+    if call.role == "with" or _is_entered(scope, call):
+        return True  # a Database disposes of its engine at the end of its block
     if any(
         not _CACHES.isdisjoint(decorator_names(s)) for s in scope.around() if s.kind == "function"
     ):
@@ -193,6 +202,15 @@ def _kept(scope: Scope, call: CallFact) -> bool:
     ):
         return _starts(scope)
     return any(_tests_for_none(block.node) for block in call.block.chain() if block.kind == "if")
+
+
+def _is_entered(scope: Scope, call: CallFact) -> bool:
+    return any(
+        use.role == "with"
+        for name, bindings in scope.bindings.items()
+        for use in scope.uses.get(name, ())
+        if any(binding.value is call.node for binding in bindings)
+    )
 
 
 def _starts(scope: Scope) -> bool:

@@ -34,6 +34,7 @@ Where the session is meant to be used again and is closed later.
 import ast
 from collections.abc import Iterator
 
+from sessionscope.check._committing import commits_at_end
 from sessionscope.check._facts import STATEMENTS, Binding, Block, Scope, Use, position
 from sessionscope.check._finding import Finding, Rule
 from sessionscope.check._model import Because, Model
@@ -92,14 +93,18 @@ def _objects_after(
 ) -> Iterator[Finding]:
     if not expires(model, scope, node, name):
         return
-    commits = [u for u in _inside(scope, node, name) if u.name == "commit"]
-    if not commits:
+    end = _commit_at_end(model, scope, node, name)
+    commits = [u.node for u in _inside(scope, node, name) if u.name == "commit"]
+    if end is None and not commits:
         return
-    last = position(commits[-1].node)
+    commit = end or commits[-1]
+    # What is expunged or refreshed before the end of the block: only the former stays loaded.
+    spared = {"expunge"} if end is not None else {"refresh", "expunge", "merge"}
+    last = position(node if end is not None else commit)
     refreshed = {
         argument.id
         for use in _inside(scope, node, name)
-        if use.name in {"refresh", "expunge", "merge"} and position(use.node) > last
+        if use.name in spared and position(use.node) > last
         for argument in (use.node.args if isinstance(use.node, ast.Call) else ())
         if isinstance(argument, ast.Name)
     }
@@ -116,10 +121,21 @@ def _objects_after(
                     f"`{loaded}` was expired by the commit and its session is closed: reading "
                     f"`.{use.name}` here raises DetachedInstanceError. Read it inside the block, "
                     "or set expire_on_commit=False",
-                    because=[Because(scope, commits[-1].node, "the commit that expires it")],
+                    because=[Because(scope, commit, "the commit that expires it")],
                     confidence="medium",
                 )
                 return
+
+
+def _commit_at_end(
+    model: Model, scope: Scope, node: ast.With | ast.AsyncWith, name: str
+) -> ast.expr | None:
+    """Return what ends the block of the session *name* with a commit, as ``Maker.begin()`` does."""
+    for item in node.items:
+        named = isinstance(item.optional_vars, ast.Name) and item.optional_vars.id == name
+        if named and commits_at_end(model, scope, item.context_expr):
+            return item.context_expr
+    return None
 
 
 def _inside(scope: Scope, node: ast.With | ast.AsyncWith, name: str) -> list[Use]:

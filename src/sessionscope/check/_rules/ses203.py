@@ -3,7 +3,8 @@
 ## What it does
 
 Flags one session in several coroutines of ``gather``, ``wait``, ``as_completed`` or a TaskGroup,
-in a task that starts before another one with it is awaited, and in an unawaited ``create_task``.
+in a task that is not over when another one starts or the function itself uses it, and in an
+unawaited ``create_task``.
 
 ## Why it bites in production
 
@@ -172,6 +173,11 @@ def _alone(
     if escape is None or call.role == "await":
         return
     if _is_awaited(scope, call):
+        beside = _used_beside(model, scope, call, escape)
+        if beside is not None:
+            what = "a task and by this function"
+            yield _finding(model, scope, call.node, escape, what, beside.node)
+            return
         if _runs_beside(scope, waiting.get(escape.shown), call):
             yield _finding(model, scope, call.node, escape, "several tasks")
         waiting[escape.shown] = call
@@ -197,6 +203,38 @@ def _runs_beside(scope: Scope, first: CallFact | None, call: CallFact) -> bool:
         return False
     awaited = [position(use.node) for use in uses if use.role == "await"]
     return bool(awaited) and position(call.node) < min(awaited)
+
+
+def _used_beside(model: Model, scope: Scope, task: CallFact, escape: Escape) -> CallFact | None:
+    """Return what awaits the task's session after the task was started, and before it is over."""
+    uses = [use for name in _names(task) for use in scope.uses.get(name, ())]
+    over = [
+        position(use.node)
+        for use in uses
+        if use.role not in {"method", "attribute"} or use.name in {"cancel", "add_done_callback"}
+    ]
+    later = [place for place in over if place > position(task.node)]
+    if not later:
+        return None
+    for other in scope.calls:
+        between = position(task.node) < position(other.node) < min(later)
+        if not between or other.role != "await" or task.block not in other.block.chain():
+            continue
+        if other.name in _CLOSES or _is_locked(other.block):
+            continue
+        used = _session_of(model, scope, other.node)
+        if used is not None and used.shown == escape.shown:
+            return other
+    return None
+
+
+def _is_locked(block: Block) -> bool:
+    return any(
+        "lock" in ast.unparse(item.context_expr).lower()
+        for around in block.chain()
+        if isinstance(around.node, ast.With | ast.AsyncWith)
+        for item in around.node.items
+    )
 
 
 def _names(task: CallFact) -> list[str]:
@@ -231,7 +269,14 @@ def _is_awaited(scope: Scope, call: CallFact) -> bool:
     )
 
 
-def _finding(model: Model, scope: Scope, node: ast.Call, escape: Escape, where: str) -> Finding:
+def _finding(
+    model: Model,
+    scope: Scope,
+    node: ast.Call,
+    escape: Escape,
+    where: str,
+    beside: ast.Call | None = None,
+) -> Finding:
     return model.finding(
         RULE,
         scope,
@@ -242,6 +287,7 @@ def _finding(model: Model, scope: Scope, node: ast.Call, escape: Escape, where: 
         because=[
             Because(escape.value.scope or scope, escape.value.node, "the session is made here"),
             Because(escape.scope, escape.node, "and used by the coroutine here"),
+            Because(scope, beside, "while this function uses it, too"),
         ],
     )
 

@@ -42,8 +42,8 @@ Where everything was read before the stream starts.
 import ast
 from collections.abc import Iterator
 
-from sessionscope.check._escapes import Escape, captured, escapes
-from sessionscope.check._facts import STATEMENTS, CallFact, Scope
+from sessionscope.check._escapes import Escape, captured, escapes, is_made_anew
+from sessionscope.check._facts import STATEMENTS, CallFact, Scope, last_name
 from sessionscope.check._finding import Finding, Rule
 from sessionscope.check._model import Because, Model
 
@@ -93,8 +93,12 @@ def _session_of(model: Model, scope: Scope, node: ast.expr, depth: int = 0) -> E
                 return _session_of(model, scope, binding.value, depth + 1)
     if isinstance(node, ast.Await):
         node = node.value
+    if isinstance(node, ast.GeneratorExp):
+        return _of_generator_expression(model, scope, node)
     if not isinstance(node, ast.Call):
         return None
+    if isinstance(node.func, ast.Name) and node.func.id in {"map", "filter"} and node.args:
+        return _of_lambda(model, scope, node.args[0])
     function = model.value(node.func, scope)
     if function is None or not isinstance(function.target, Scope):
         return None
@@ -106,6 +110,29 @@ def _session_of(model: Model, scope: Scope, node: ast.expr, depth: int = 0) -> E
         return inside
     given = next(escapes(model, [*node.args, *(k.value for k in node.keywords)], scope), None)
     return given if given is not None and _reads(model, target) else None
+
+
+def _of_generator_expression(model: Model, scope: Scope, node: ast.GeneratorExp) -> Escape | None:
+    """All but the first iterable is evaluated when the stream runs."""
+    first, *others = node.generators
+    later = [node.elt, *first.ifs, *others]
+    for part in (inner for each in later for inner in ast.walk(each)):
+        if not isinstance(part, ast.Call) or last_name(part) not in STATEMENTS:
+            continue
+        held = part.func.value if isinstance(part.func, ast.Attribute) else None
+        value = model.session(held, scope)
+        if held is None or value is None or value.kind != "session" or value.scoped:
+            continue
+        if not is_made_anew(held, value):
+            return Escape(value, part, scope, ast.unparse(held))
+    return None
+
+
+def _of_lambda(model: Model, scope: Scope, node: ast.expr) -> Escape | None:
+    function = model.value(node, scope)
+    if function is None or function.kind != "function" or not isinstance(function.target, Scope):
+        return None
+    return captured(model, function.target, bound=function.bound is not None)
 
 
 def _indirect(

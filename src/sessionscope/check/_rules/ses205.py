@@ -67,6 +67,7 @@ def judge(model: Model) -> Iterator[Finding]:
             told.add(path)
             yield _finding(model, scope, path, use, value)
         yield from _inline(model, scope)
+        yield from _units(model, scope, told)
 
 
 def _is_awaited(scope: Scope, use: Use) -> bool:
@@ -91,6 +92,29 @@ def _inline(model: Model, scope: Scope) -> Iterator[Finding]:
                 value,
             )
             return
+
+
+def _units(model: Model, scope: Scope, told: set[str]) -> Iterator[Finding]:
+    """``database.run(work)``, and ``with database.begin()`` where nothing else waits in it."""
+    for call in scope.calls:
+        function = call.node.func
+        if call.name not in {"run", "begin"} or not isinstance(function, ast.Attribute):
+            continue
+        base = model.value(function.value, scope)
+        if base is None or base.name != "sessionscope.Database" or call.role == "await":
+            continue
+        if call.name == "begin" and (call.role != "with" or _names_of(scope, call.node) & told):
+            continue
+        use = Use("method", call.name, call.node, call.owner, call.block)
+        yield _finding(model, scope, ast.unparse(function.value), use, base)
+
+
+def _names_of(scope: Scope, unit: ast.Call) -> set[str]:
+    return {
+        name
+        for name, bindings in scope.bindings.items()
+        if any(b.kind == "with" and b.value is unit for b in bindings)
+    }
 
 
 def _finding(model: Model, scope: Scope, path: str, use: Use, value: Value) -> Finding:
