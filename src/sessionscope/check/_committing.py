@@ -54,7 +54,7 @@ def decorator_commits(model: Model, function: Scope) -> tuple[Scope, ast.expr] |
 
 def _commit_after_call(model: Model, wrapper: Scope, decorator: Scope) -> ast.expr | None:
     for call in wrapper.calls:
-        if not _is_decorated(call.node.func, wrapper, decorator):
+        if not is_decorated(call.node.func, wrapper, decorator):
             continue
         for block in call.block.chain():
             if block.kind == "with" and isinstance(block.node, ast.With | ast.AsyncWith):
@@ -69,7 +69,7 @@ def _commit_after_call(model: Model, wrapper: Scope, decorator: Scope) -> ast.ex
     return None
 
 
-def _is_decorated(node: ast.expr, wrapper: Scope, decorator: Scope) -> bool:
+def is_decorated(node: ast.expr, wrapper: Scope, decorator: Scope) -> bool:
     """Return whether *node* is a parameter of the decorator, or of a function inside of it."""
     if not isinstance(node, ast.Name) or node.id in wrapper.bindings:
         return False

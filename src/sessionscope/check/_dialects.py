@@ -1,12 +1,13 @@
-"""Guards on the dialect: what PostgreSQL never gets to see."""
+"""Guards on the dialect, and code for another one: what PostgreSQL never gets to see."""
 
 import ast
 import re
 from collections.abc import Iterator
 
-from sessionscope.check._facts import Block, Scope, dotted, last_name, position
+from sessionscope.check._facts import Block, Module, Scope, dotted, last_name, position
 from sessionscope.check._model import Model
 
+_DIALECTS = ("sqlalchemy.dialects.", "sqlalchemy.dialects:")
 _OTHERS = ("sqlite", "mysql", "mariadb")
 _FLAG = re.compile(
     r"_*(?:is_|uses?_|using_|on_)?(?:sqlite|mysql|mariadb|postgres\w*)", re.IGNORECASE
@@ -18,12 +19,27 @@ def keeps_postgresql_out(
     model: Model, scope: Scope, node: ast.expr, block: Block, depth: int = 0
 ) -> bool:
     """Return whether a guard stands around *node*, above it, or around all calls of *scope*."""
-    if any(_guards(around, scope) for around in block.chain()) or _left_before(scope, node):
+    if (
+        any(_guards(around, scope) for around in block.chain())
+        or _left_before(scope, node)
+        or _is_for_another(scope.module)
+    ):
         return True
     callers = model.callers(scope) if depth < 3 else []
     return bool(callers) and all(
         keeps_postgresql_out(model, c.scope, c.call.node, c.call.block, depth + 1) for c in callers
     )
+
+
+def _is_for_another(module: Module) -> bool:
+    """Return whether *module* takes, at its top, what belongs to other databases alone."""
+    dialects = [
+        re.split("[.:]", str(binding.value))[2]
+        for bindings in module.scope.bindings.values()
+        for binding in bindings
+        if binding.kind == "import" and str(binding.value).startswith(_DIALECTS)
+    ]
+    return _is_another(dialects, True)
 
 
 def _guards(block: Block, scope: Scope) -> bool:

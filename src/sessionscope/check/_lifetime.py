@@ -8,6 +8,7 @@ from sessionscope.check._model import Because, Called, Model
 from sessionscope.check._ownership import CLOSING, own_name, stored_in
 from sessionscope.check._values import Value
 
+_ENDS = CLOSING | {"rollback"}
 _ENDPOINTS = frozenset({"endpoint", "dependency", "task", "command"})
 _HTTP_METHODS = frozenset({"get", "post", "put", "patch", "delete", "head", "options", "dispatch"})
 
@@ -23,7 +24,7 @@ def goes_on(
     if commit is not None:
         return Because(scope, commit, "and the block around it commits here")
     if path.startswith(own_name(scope)) and path.count(".") == 1:
-        return _other_method(scope, path)
+        return _other_method(model, scope, path)
     bindings = scope.bindings.get(path, [])
     if len(bindings) == 1 and bindings[0].kind == "parameter" and value.received:
         decorated = decorator_commits(model, scope)
@@ -47,16 +48,26 @@ def _block_that_commits(model: Model, scope: Scope, path: str, block: Block) -> 
     return None
 
 
-def _other_method(scope: Scope, path: str) -> Because | None:
+def _other_method(model: Model, scope: Scope, path: str) -> Because | None:
     """The object keeps its session for its next method."""
     owner = stored_in(scope)
-    if owner is None:
+    callers = model.callers(scope)
+    if owner is None or (callers and all(_ends_it(c, path) for c in callers)):
         return None
     for method in owner.children:
         for use in method.uses.get(path, ()):
             if method is not scope and use.role == "method" and use.name not in CLOSING:
                 return Because(method, use.node, f"`{method.name}` goes on with it here")
     return None
+
+
+def _ends_it(called: Called, path: str) -> bool:
+    """Return whether the caller ends the session of the object before anything else."""
+    here = position(called.call.node)
+    if any(block.kind == "loop" for block in called.call.block.chain()):
+        return False
+    later = [use for use in called.scope.uses.get(path, ()) if position(use.node) > here]
+    return bool(later) and later[0].name in _ENDS
 
 
 def _caller(model: Model, scope: Scope, *, expected: bool) -> Because | None:

@@ -30,8 +30,9 @@ def send_report():
 ## When to ignore
 
 Where the generator is kept in a variable and closed in a ``finally``. A session that is closed by
-hand, in a ``finally`` or by ``with closing(db):``, is not flagged: it reopens, but comes back.
-``next()`` of an asynchronous provider is flagged for what it is, a TypeError.
+hand, in a ``finally``, by ``with closing(db):`` or ``with next(get_db()) as db:``, is not flagged:
+it reopens, but comes back. Nor is ``for db in get_db()``: leaving that loop closes the generator at
+once. ``next()`` of an asynchronous provider is flagged for what it is, a TypeError.
 """
 
 import ast
@@ -110,8 +111,8 @@ def _thrown_away(node: ast.Call, name: str, found: Value) -> str:
 
 
 def _closed_by_hand(scope: Scope, call: CallFact) -> bool:
-    """Return whether the session has a name, and is closed where an error comes by, too."""
-    return any(
+    """Return whether the session is closed, where an error comes by, too."""
+    return call.role == "with" or any(
         use.role == "with"
         or (use.role == "method" and use.name in CLOSING and enclosing(use.block, "finally"))
         or (
@@ -194,7 +195,7 @@ def _left_loops(model: Model, scope: Scope) -> Iterator[Finding]:
     loops = {
         id(call.owner): call.owner
         for call in scope.calls
-        if call.role == "loop" and isinstance(call.owner, ast.AsyncFor | ast.For)
+        if call.role == "loop" and isinstance(call.owner, ast.AsyncFor)
     }
     for loop in loops.values():
         found = _provider(model, loop.iter, scope)
@@ -215,7 +216,7 @@ def _left_loops(model: Model, scope: Scope) -> Iterator[Finding]:
         )
 
 
-def _is_left(loop: ast.AsyncFor | ast.For) -> bool:
+def _is_left(loop: ast.AsyncFor) -> bool:
     def leaves(node: ast.AST, inner: bool) -> bool:
         if isinstance(node, ast.Return) or (isinstance(node, ast.Break) and not inner):
             return True

@@ -41,7 +41,7 @@ import ast
 import re
 from collections.abc import Iterator
 
-from sessionscope.check._facts import Block, Scope, Use, decorator_names, position
+from sessionscope.check._facts import Binding, Block, Scope, Use, decorator_names, position
 from sessionscope.check._finding import Confidence, Finding, Rule
 from sessionscope.check._model import Because, Model, dotted_root
 from sessionscope.check._ownership import own_name, stored_in
@@ -84,7 +84,12 @@ def _received(model: Model, scope: Scope, path: str, use: Use) -> bool:
     root = dotted_root(path)
     if "." not in path:
         bindings = scope.bindings.get(path, [])
-        return len(bindings) == 1 and bindings[0].kind == "parameter" and value.received
+        return (
+            len(bindings) == 1
+            and bindings[0].kind == "parameter"
+            and value.received
+            and not _is_its_own(model, scope, bindings[0])
+        )
     return (
         value.received
         and root + "." == own_name(scope)
@@ -93,6 +98,13 @@ def _received(model: Model, scope: Scope, path: str, use: Use) -> bool:
         and path not in scope.bindings
         and not _is_scope(stored_in(scope))
     )
+
+
+def _is_its_own(model: Model, scope: Scope, binding: Binding) -> bool:
+    """``def work(db=SessionLocal())``: nobody else has what the function makes for itself."""
+    default = binding.value if isinstance(binding.value, ast.Call) else None
+    made = model.session(default, scope.parent or scope)
+    return made is not None and made.fresh
 
 
 def _released_early(scope: Scope, path: str, use: Use) -> bool:

@@ -29,7 +29,8 @@ def read_user(user_id: int, db: Session = Depends(get_db)):
 
 ## When to ignore
 
-In a command line program whose event loop serves nobody else.
+Where the event loop serves nobody else. It is not flagged where that shows: below
+``asyncio.run(main())``, as long as nothing there starts tasks or servers.
 """
 
 import ast
@@ -37,6 +38,7 @@ from collections.abc import Iterator
 
 from sessionscope.check._facts import STATEMENTS, Scope, Use
 from sessionscope.check._finding import Confidence, Finding, Rule
+from sessionscope.check._loops import has_loop_to_itself
 from sessionscope.check._model import Because, Model
 from sessionscope.check._values import Value
 
@@ -143,7 +145,11 @@ def _finding(model: Model, scope: Scope, path: str, use: Use, value: Value) -> F
 def _confidence(model: Model, scope: Scope) -> Confidence:
     context = model.in_context(scope)
     if context in {"start-up", "command"} or (
-        not context and model.runs_once(scope) and _run_by_script(model, scope)
+        not context
+        and (
+            (model.runs_once(scope) and _run_by_script(model, scope))
+            or has_loop_to_itself(model, scope)
+        )
     ):
         return "low"
     return "high"

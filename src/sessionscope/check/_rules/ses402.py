@@ -7,9 +7,10 @@ raises, with the session used afterwards: in the function, by its caller, by ano
 object that holds it, or by the commit at the end of the block; unless a savepoint stands around it.
 
 It does not flag a statement that PostgreSQL never sees, because a guard on the dialect stands
-around it, above it, or around each call of its function: ``if bind.dialect.name == "sqlite":``. A
-flush or a commit that fails there is flagged all the same: the session itself refuses what comes
-next, on any database.
+around it, above it, or around each call of its function: ``if bind.dialect.name == "sqlite":``; or
+because its module imports, at its top, from ``sqlalchemy.dialects`` what belongs to other databases
+alone. A flush or a commit that fails there is flagged all the same: the session itself refuses what
+comes next, on any database.
 
 ## Why it bites in production
 
