@@ -10,7 +10,9 @@ unawaited ``create_task``.
 
 A session does one thing at a time. "This session is provisioning a new connection; concurrent
 operations are not permitted", "another operation is in progress", and connections that never
-come back to the pool. On a warm pool it may work for weeks.
+come back to the pool. On a warm pool it may work for weeks. The calls of a plain ``Session`` block,
+so that its coroutines take turns at each ``await``: one commits or rolls back what the other has
+half done.
 
 ## Example
 
@@ -281,14 +283,25 @@ def _finding(
         RULE,
         scope,
         node,
-        f'`{escape.shown}` is used by {where}, at the same time: "concurrent operations are not '
-        'permitted", and connections that never come back to the pool. Await one after the '
-        "other, or open a session in each",
+        f"`{escape.shown}` is used by {where}, at the same time: {_harm(escape)}. Await one after "
+        "the other, or open a session in each",
         because=[
             Because(escape.value.scope or scope, escape.value.node, "the session is made here"),
             Because(escape.scope, escape.node, "and used by the coroutine here"),
             Because(scope, beside, "while this function uses it, too"),
         ],
+    )
+
+
+def _harm(escape: Escape) -> str:
+    if escape.value.is_async:
+        return (
+            '"concurrent operations are not permitted", and connections that never come back to '
+            "the pool"
+        )
+    return (
+        "they take turns at each `await`, in one transaction, so that one commits or rolls back "
+        "what the other has half done"
     )
 
 
