@@ -61,10 +61,10 @@ import ast
 from collections.abc import Iterator
 
 from sessionscope.check._dialects import keeps_postgresql_out
-from sessionscope.check._facts import Block, Scope, Use, position, words
+from sessionscope.check._facts import Block, Scope, Use, dotted, position, words
 from sessionscope.check._finding import Confidence, Finding, Rule
 from sessionscope.check._lifetime import goes_on
-from sessionscope.check._model import Because, Model, contains
+from sessionscope.check._model import Because, Model, contains, dotted_root
 from sessionscope.check._values import Value
 
 _FAILS = frozenset(
@@ -134,7 +134,7 @@ def _judge_try(
     if not tried:
         return
     path, failing = next(((p, u) for p, u in tried if u.name in _WRITES), tried[0])
-    looped = _in_loop(scope, path, block)
+    looped = _in_loop(scope, path, block) or _is_called_in_loop(model, scope, path)
     for handler in node.handlers:
         caught = _caught(handler)
         if (
@@ -303,6 +303,19 @@ def _bound_in(scope: Scope, path: str, loop: Block) -> bool:
 def _in_loop(scope: Scope, path: str, block: Block) -> bool:
     """Return whether a loop around *block* uses one session in each of its turns."""
     return any(b.kind == "loop" and not _bound_in(scope, path, b) for b in block.chain())
+
+
+def _is_called_in_loop(model: Model, scope: Scope, path: str) -> bool:
+    """Return whether a loop calls the function with one session in each of its turns."""
+    name = dotted_root(path)
+    if not any(b.kind == "parameter" for b in scope.bindings.get(name, ())):
+        return False
+    for caller in model.callers(scope):
+        passed = model.argument_for(caller.call.node, scope, name)
+        held = (dotted(passed) if passed is not None else None) or path
+        if _in_loop(caller.scope, held, caller.call.block):
+            return True
+    return False
 
 
 def _mend(path: str, failing: Use, *, looped: bool, awaited: bool) -> str:
