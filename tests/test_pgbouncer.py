@@ -7,9 +7,11 @@ from collections.abc import Iterator
 import pytest
 from sqlalchemy import make_url, select, text
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import Session
 
 from sessionscope import AsyncDatabase, Database
-from sessionscope.exc import ConfigurationError, ReadOnlyUnit
+from sessionscope.exc import ConfigurationError, DeadlineExceeded, ReadOnlyUnit
+from sessionscope.testing import Fault, FaultProxy
 from tests.conftest import missing, with_psycopg2
 from tests.models import Item, create_tables, names
 from tests.pgbouncer import PROGRAM, pgbouncer
@@ -57,6 +59,39 @@ async def test_many_tasks_share_few_sessions(bouncer_url: str, driver: str) -> N
 
         for start in range(0, UNITS, 20):
             await asyncio.gather(*(work(number) for number in range(start, start + 20)))
+
+
+@pytest.mark.parametrize("driver", ["psycopg", "psycopg2"])
+def test_a_deadline_cancels_the_statement_of_its_own_unit(bouncer_url: str, driver: str) -> None:
+    """A cancellation goes through PgBouncer, to whichever session has the transaction."""
+    url = with_psycopg2(bouncer_url) if driver == "psycopg2" else bouncer_url
+    with Database(url, pooler="pgbouncer-transaction") as database:
+        for _ in range(3):
+            with pytest.raises(DeadlineExceeded), database.begin(timeout=0.3) as session:
+                session.add(Item(name="pear"))
+                session.flush()
+                session.execute(text("SELECT pg_sleep(60)"))
+        with database.begin(timeout=30) as session:
+            session.add(Item(name="plum"))
+        assert names(database) == ["plum"]
+
+
+@pytest.mark.parametrize("fault", ["cut before", "cut after"])
+def test_a_lost_commit_is_resolved_through_it(bouncer_url: str, fault: Fault) -> None:
+    port = make_url(bouncer_url).port
+    assert port is not None
+    with FaultProxy("127.0.0.1", port) as proxy:
+        through = make_url(bouncer_url).set(host="127.0.0.1", port=proxy.port)
+        with Database(through, pooler="pgbouncer-transaction") as database:
+
+            def work(session: Session) -> None:
+                session.add(Item(name="pear"))
+
+            proxy.aim(fault, b"COMMIT")
+            database.run(work)
+            assert proxy.hits == 1
+            assert names(database) == ["pear"]
+            assert database.stats().retried == (1 if fault == "cut before" else 0)
 
 
 def test_a_read_only_unit_changes_no_session(bouncer_url: str) -> None:
