@@ -120,10 +120,11 @@ def _names_of(scope: Scope, unit: ast.Call) -> set[str]:
 
 
 def _finding(model: Model, scope: Scope, path: str, use: Use, value: Value) -> Finding:
-    can_be_sync = _can_be_sync(scope)
+    # Only what a framework calls gets a thread of its own as a plain function.
+    may_be_plain = model.context(scope) in {"endpoint", "dependency"} and _can_be_sync(scope)
     instead = (
         "Write `def` instead of `async def`, or use an AsyncSession"
-        if can_be_sync
+        if may_be_plain
         else "Use an AsyncSession, or do this in a plain function: `await asyncio.to_thread(work)`"
     )
     return model.finding(
@@ -138,7 +139,7 @@ def _finding(model: Model, scope: Scope, path: str, use: Use, value: Value) -> F
             Because(scope, scope.function, f"`{scope.name}` runs on the event loop"),
             Because(value.scope or scope, value.node, "the session is synchronous"),
         ],
-        fix=model.context(scope) == "endpoint" and can_be_sync,
+        fix=may_be_plain and model.context(scope) == "endpoint",
     )
 
 
