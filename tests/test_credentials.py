@@ -169,6 +169,18 @@ async def test_a_change_just_then_is_no_error_on_postgresql(
     assert asked == 2
 
 
+@pytest.mark.parametrize("driver", ["psycopg", "psycopg2"])
+@pytest.mark.parametrize("old", ["retired", "nobody"])
+def test_a_user_that_is_gone_is_asked_for_again(
+    strict_server: PostgresServer, driver: str, old: str
+) -> None:
+    ask(strict_server, "CREATE ROLE retired NOLOGIN")
+    users = iter([(old, ""), ("app", "second")])
+    url = make_url(strict_server.url()).set(drivername=f"postgresql+{driver}")
+    with Database(url, credentials=lambda: next(users)) as database:
+        assert database.run(lambda session: session.scalar(text("SELECT current_user"))) == "app"
+
+
 @pytest.mark.parametrize(
     ("url", "options", "what"),
     [

@@ -76,7 +76,8 @@ def test_a_silent_server_does_not_hold_who_connects(behind: Database, proxy: Fau
 
 def test_a_commit_that_is_not_answered_is_unknown(behind: Database, proxy: FaultProxy) -> None:
     proxy.aim("hang", b"COMMIT")
-    with pytest.raises(CommitUnknown), behind.begin(timeout=0.3) as session:
+    told = r"had not answered COMMIT when the 0\.3 s of the unit of work were over \(timeout\)"
+    with pytest.raises(CommitUnknown, match=told), behind.begin(timeout=0.3) as session:
         session.add(Item(name="pear"))
     proxy.heal()
 

@@ -86,7 +86,13 @@ def test_too_many_connections_are_an_error_with_the_number_that_fits(
             "it has db",
         ),
         ("{module}:name", "name = 1\n", "is a int, not a Database: it has no Database at all"),
-        ("{module}:name", "import no_such_package\n", "No module named 'no_such_package'"),
+        (
+            "{module}:name",
+            "import no_such_package\n",
+            "No module named 'no_such_package'): mend what fails in it",
+        ),
+        ("{module}:name", "raise RuntimeError('two\\nlines')\n", "RuntimeError: two lines"),
+        ("no_such_module:name", None, "write module:attribute of your Database"),
         (
             "{module}:db",
             "from sessionscope import Database\ndb = Database('postgres://h/d')\n",

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -285,6 +286,20 @@ def test_a_file_that_is_there_is_named_and_nothing_is_written(
     assert f"{tmp_path}/{named}" in said.err
     assert "sessionscope init DIR" in said.err
     assert contents(tmp_path) == {there: "mine"}
+
+
+def test_a_folder_that_alembic_would_misread_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["init", str(tmp_path / "50%(off)s")]) == 1
+    assert "has a % in it" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_next_steps_can_be_pasted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "a shelf's"
+    assert main(["init", str(folder)]) == 0
+    assert f"  cd {shlex.quote(str(folder))}\n" in capsys.readouterr().out
 
 
 def test_a_second_init_is_refused(project: Path, capsys: pytest.CaptureFixture[str]) -> None:

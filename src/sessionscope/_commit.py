@@ -280,8 +280,8 @@ def _note_failure(context: ExceptionContext, database: str) -> BaseException | N
         was_commit = False  # of a unit that has written nothing, whose hooks wait for it
     if was_commit and context.is_disconnect and isinstance(orig, Exception):
         unknown = CommitUnknown(
-            f"The connection to {database} was lost during COMMIT: the database may have "
-            "committed, or not. Look before you try again"
+            f"{_how_lost(scope, database)}: the database may have committed, or not. Look before "
+            "you try again"
         )
         unknown.lost = error
         return unknown
@@ -296,6 +296,16 @@ def _note_failure(context: ExceptionContext, database: str) -> BaseException | N
         info[LOST] = True
         _refuse_further_statements(connection)
     return _unwritable(context) if connection.dialect.name == "sqlite" else None
+
+
+def _how_lost(scope: Scope | None, database: str) -> str:
+    timer = scope.timer if scope is not None else None
+    if timer is None or not timer.cut:
+        return f"The connection to {database} was lost during COMMIT"
+    return (
+        f"{database} had not answered COMMIT when the {timer.deadline.seconds:g} s of the unit of "
+        "work were over (timeout), and the connection was cut"
+    )
 
 
 def _has_ended_by_text(context: ExceptionContext, info: dict[Any, Any]) -> bool:

@@ -1,5 +1,6 @@
 """Credentials that change: asked for again before each new connection is opened."""
 
+import re
 from collections.abc import Awaitable, Callable
 from inspect import isawaitable
 from typing import Any
@@ -16,8 +17,8 @@ Credentials = Callable[[], Login | Awaitable[Login]]
 # invalid_authorization_specification and invalid_password; ER_ACCESS_DENIED_ERROR of MySQL.
 _REFUSED = {"28000", "28P01"}
 _ACCESS_DENIED = 1045
-# Of every method that PostgreSQL knows: password, PAM, LDAP, RADIUS.
-_AUTHENTICATION_FAILED = "authentication failed"
+# Of every method that PostgreSQL knows (password, PAM, LDAP, RADIUS), and of a role that is gone.
+_WORDS = re.compile('authentication failed|role ".*" (?:is not permitted to log in|does not exist)')
 
 
 def ask_for_credentials(engine: Engine, credentials: Credentials) -> None:
@@ -47,7 +48,7 @@ def _is_refused(error: Exception) -> bool:
     return (
         getattr(error, "sqlstate", None) in _REFUSED
         or next(iter(error.args), None) == _ACCESS_DENIED
-        or _AUTHENTICATION_FAILED in str(error)
+        or _WORDS.search(str(error)) is not None
     )
 
 

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import sys
 import tarfile
 import tomllib
@@ -120,6 +121,11 @@ def _read(folder: Traversable, prefix: str = "") -> Iterator[tuple[str, bytes]]:
 
 def _check(folder: Path, project: dict[str, bytes]) -> set[str]:
     """Return the files that stay as they are; raise if another one is in the way."""
+    if "%" in str(folder.resolve()):
+        raise _Refused(
+            f"{folder.resolve()} has a % in it, which Alembic's configuration takes for its own: "
+            "name another folder"
+        )
     there = sorted(name for name in project if os.path.lexists(folder / name))
     taken = [folder / name for name in there if name not in _KEPT]
     for parent in sorted({parent for name in project for parent in (folder / name).parents}):
@@ -172,6 +178,6 @@ def _report(
     yield f"sessionscope will be installed from {source or 'the package index'}."
     yield "Next:"
     if folder != ".":
-        yield f"  cd {folder}"
+        yield f"  cd {'-- ' if folder.startswith('-') else ''}{shlex.quote(folder)}"
     yield "  make test"
     yield "  make run"

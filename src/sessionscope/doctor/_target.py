@@ -24,10 +24,10 @@ def load(target: str) -> Database[Any] | AsyncDatabase[Any]:
     except ConfigurationError:  # the Database's own
         raise
     except Exception as error:
-        why = f"{type(error).__name__}: {error}"
+        why = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise ConfigurationError(
-            f"{module_name!r} cannot be imported ({why}): write module:attribute of your Database, "
-            "and run the command where your application runs, with its environment"
+            f"{module_name!r} cannot be imported ({why}): {_mend(error, module_name)}, and run the "
+            "command where your application runs, with its environment"
         ) from error
     found: Any = module
     for name in attribute.split("."):
@@ -39,6 +39,12 @@ def load(target: str) -> Database[Any] | AsyncDatabase[Any]:
             f"{target} is a {type(found).__name__}, not a Database: {_names(module)}"
         )
     return found  # pyright: ignore[reportUnknownVariableType]  # of whatever sessions
+
+
+def _mend(error: Exception, module_name: str) -> str:
+    if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
+        return "write module:attribute of your Database"
+    return "mend what fails in it"
 
 
 def _names(module: object) -> str:
