@@ -81,7 +81,8 @@ class Server:
     INTERVAL = 0.01
     _QUERY = (
         "SELECT count(*), count(*) FILTER (WHERE state <> 'idle') FROM pg_stat_activity "
-        "WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        "WHERE datname = current_database() AND pid <> pg_backend_pid() "
+        "AND backend_type = 'client backend'"
     )
 
     def __init__(self, url: URL) -> None:

@@ -92,7 +92,8 @@ async def server_connections(observer: AsyncDatabase) -> int:
         count = await session.scalar(
             text(
                 "SELECT count(*) FROM pg_stat_activity "
-                "WHERE datname = current_database() AND pid <> pg_backend_pid()"
+                "WHERE datname = current_database() AND pid <> pg_backend_pid() "
+                "AND backend_type = 'client backend'"  # an autovacuum worker has a database, too
             )
         )
     return int(count or 0)

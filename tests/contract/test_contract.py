@@ -52,7 +52,7 @@ class Observed:
         """Return how many of the site's connections are like *what*."""
         return self.count(
             "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() "
-            f"AND pid <> pg_backend_pid() AND {what}"
+            f"AND pid <> pg_backend_pid() AND backend_type = 'client backend' AND {what}"
         )
 
 
