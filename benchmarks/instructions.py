@@ -22,10 +22,15 @@ from benchmarks._environments import HERE, CannotRun, python_of, why
 from benchmarks._model import FIRST, Item, fill
 from benchmarks._peers import ENVIRONMENTS, PEERS, Peer, Unit
 from benchmarks._report import Figure, Report, Spread, Table
+from benchmarks._unguarded import take_guards_away
 
 KINDS = ("empty", "one SELECT", "one INSERT")
 READ_ONLY = "sessionscope read_only"
-VARIANTS = (*PEERS, READ_ONLY)
+UNGUARDED = "sessionscope unguarded"
+UNGUARDED_READ_ONLY = f"{UNGUARDED} read_only"
+VARIANTS = (*PEERS, READ_ONLY, UNGUARDED, UNGUARDED_READ_ONLY)
+# How much the guards may cost a unit that reads.
+GUARDS_AT_MOST = 1.03
 WARM_UP = 20
 UNITS = 100
 
@@ -61,6 +66,10 @@ def _report(costs: dict[str, Costs], unit: str) -> Report:
         ratio = costs["sessionscope"][kind].median / theirs[kind].median
         name = f"begin() / sessionmaker.begin(), {kind}"
         report.figures.append(Figure(name, ratio, at_most=at_most))
+    for guarded, unguarded in (("sessionscope", UNGUARDED), (READ_ONLY, UNGUARDED_READ_ONLY)):
+        ratio = costs[guarded]["one SELECT"].median / costs[unguarded]["one SELECT"].median
+        name = f"{guarded}: with guards / without, one SELECT"
+        report.figures.append(Figure(name, ratio, at_most=GUARDS_AT_MOST))
     report.tables.append(table)
     return report
 
@@ -103,14 +112,18 @@ def _processor_time(work: Callable[[], None]) -> float:
 
 
 def _has(variant: str, kind: str) -> bool:
-    return variant != READ_ONLY or kind != "one INSERT"
+    return not variant.endswith(" read_only") or kind != "one INSERT"
 
 
 def _work(variant: str, kind: str) -> Callable[[], None]:
     """Return one unit of *kind* on a warm database of *variant*'s own."""
-    peer = PEERS[variant.removesuffix(" read_only")]("sqlite://")
+    name = variant.removesuffix(" read_only")
+    if name == UNGUARDED:
+        take_guards_away()
+        name = "sessionscope"
+    peer = PEERS[name]("sqlite://")
     _fill(peer)
-    unit = peer.read if variant == READ_ONLY else peer.unit
+    unit = peer.read if variant.endswith(" read_only") else peer.unit
     works = {
         "empty": partial(_empty, unit),
         "one SELECT": partial(_select, unit),
