@@ -5,6 +5,7 @@ import sqlite3
 import threading
 from collections.abc import Callable
 from functools import partial
+from time import monotonic
 from typing import Any
 
 import pytest
@@ -392,10 +393,15 @@ def test_a_full_pool_does_not_run_again(postgres_url: str) -> None:
 
 def test_the_deadline_ends_the_attempts(psycopg: Database) -> None:
     work = Failing(times=1000)
+    began = monotonic()
     # The last attempt's own error, or in its middle that of the time.
-    with pytest.raises((OperationalError, DeadlineExceeded)):
-        psycopg.with_session(timeout=0.3, attempts=1000)(work)()
+    with pytest.raises((OperationalError, DeadlineExceeded)) as error:
+        psycopg.with_session(timeout=1.0, attempts=1000)(work)()
+    (note,) = error.value.__notes__
+    assert f"This was attempt {len(work.sessions)}, after " in note
+    assert isinstance(error.value, OperationalError) or monotonic() - began >= 1.0
     assert 1 < len(work.sessions) < 1000
+    assert names(psycopg) == []
 
 
 def test_two_writers_of_one_sqlite_file_run_again(sqlite: Database) -> None:

@@ -100,15 +100,17 @@ def check(arguments: argparse.Namespace) -> int:
         batches = _batches(arguments, problems)
     except UsageError as error:
         return _unusable(str(error))
-    if arguments.fix and not _can_fix():
+    lacks_libcst = arguments.fix and not _can_fix()
+    if lacks_libcst:
         _unusable("--fix needs LibCST: pip install 'sessionscope[codemod]'")
+        arguments.fix = False  # what is found is told all the same
     if arguments.providers:
         return _print_providers(batches, problems)
     reports = [_checked(batch, arguments) for batch in batches]
     report = _joined(problems, reports)
     _print(report, arguments)
     gc.freeze()
-    if report.problems or (arguments.fix and not _can_fix()):
+    if report.problems or lacks_libcst:
         return UNUSABLE
     failed = any(
         batch.config.fails(finding)
@@ -168,7 +170,7 @@ def _checked(batch: Batch, arguments: argparse.Namespace) -> Report:
     # Before they are read: whatever changes later is not overwritten.
     stamps = {file.path: stamp(file.full) for file in batch.files} if arguments.fix else {}
     report = _report(batch, cached=not arguments.no_cache)
-    if arguments.fix and _can_fix():
+    if arguments.fix:
         report = _fixed(report, batch, stamps, unsafe=arguments.unsafe_fixes)
     return report
 

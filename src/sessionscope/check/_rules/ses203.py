@@ -150,11 +150,11 @@ def _session_of(model: Model, scope: Scope, call: ast.Call) -> Escape | None:
 
 
 def _locks(function: Scope) -> bool:
-    return any(
-        "lock" in ast.unparse(item.context_expr).lower()
-        for node, _ in function.withs
-        for item in node.items
-    )
+    return any(_names_a_lock(node) for node, _ in function.withs)
+
+
+def _names_a_lock(node: ast.With | ast.AsyncWith) -> bool:
+    return any("lock" in ast.unparse(item.context_expr).lower() for item in node.items)
 
 
 def _alone(
@@ -232,10 +232,8 @@ def _used_beside(model: Model, scope: Scope, task: CallFact, escape: Escape) -> 
 
 def _is_locked(block: Block) -> bool:
     return any(
-        "lock" in ast.unparse(item.context_expr).lower()
+        isinstance(around.node, ast.With | ast.AsyncWith) and _names_a_lock(around.node)
         for around in block.chain()
-        if isinstance(around.node, ast.With | ast.AsyncWith)
-        for item in around.node.items
     )
 
 
