@@ -4,6 +4,7 @@ import asyncio
 import sqlite3
 import threading
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from time import monotonic
 from typing import Any
@@ -408,7 +409,7 @@ def test_two_writers_of_one_sqlite_file_run_again(sqlite: Database) -> None:
     """Another process is inside: SQLite can only say that it is busy."""
     path = sqlite.engine.url.database
     assert path is not None
-    with sqlite3.connect(path, isolation_level=None) as other:
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
         calls = 0
 
