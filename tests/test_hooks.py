@@ -151,6 +151,19 @@ def test_hooks_before_a_rollback_in_the_middle_are_dropped(database: Database) -
     assert called == ["second"]
 
 
+def test_a_rollback_before_any_statement_drops_hooks_as_well(database: Database) -> None:
+    """SQLAlchemy's rollback() tells nobody where no transaction has begun."""
+    called: list[str] = []
+    with database.begin() as session:
+        after_commit(session, called.append, "commit 1")
+        after_rollback(session, called.append, "rollback 1")
+        session.rollback()
+        session.add(Item(name="later"))
+        after_commit(session, called.append, "commit 2")
+
+    assert called == ["rollback 1", "commit 2"]
+
+
 def test_hooks_in_nested_begin_blocks_of_the_session_run_once(database: Database) -> None:
     called: list[str] = []
     with database.begin() as session:

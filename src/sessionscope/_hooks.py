@@ -54,6 +54,9 @@ def after_commit(
     *fn* may be an ``async def``, which is awaited in the task of the unit: if that is
     cancelled, so is *fn*; those after it run, and then the cancellation is delivered again.
 
+    Like add() it begins the session's transaction, which takes no connection yet, so that a
+    rollback() that comes first drops it.
+
     A session that no Database opened calls it when its transaction has ended. If
     such a session has joined an outer transaction that only others can commit
     (``join_transaction_mode="rollback_only"``), it is not called, and a warning
@@ -144,6 +147,8 @@ class _Hooks:
         event.listen(session, "after_transaction_end", self._settle)
 
     def add(self, session: Session, call: Hook, *, on_commit: bool) -> None:
+        if session.autobegin and not session.in_transaction():
+            session.begin()  # rollback() tells nobody where none has begun
         self._waiting.append(_Hook(call, on_commit, session.get_nested_transaction()))
 
     def settle_rest(self) -> None:
