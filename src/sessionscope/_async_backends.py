@@ -19,6 +19,7 @@ from sqlalchemy.util import await_only, greenlet_spawn
 from sqlalchemy.util.concurrency import in_greenlet
 
 from sessionscope._backends import CLOSING_SECONDS, Backends, keep_socket
+from sessionscope._deadline import within
 from sessionscope._interrupt import leave_to_interrupt
 from sessionscope._loops import call_soon, start
 
@@ -26,8 +27,10 @@ from sessionscope._loops import call_soon, start
 _PATIENCE = 10.0
 # Seconds after which a connection is no longer opened that no task waits for.
 _OPENING = 1.0
-# Seconds up to which a task that is being cancelled waits until its statement has ended.
+# Seconds up to which a task that is being cancelled waits until its statement has ended, and
+# what is left of that once its deadline is over.
 _INTERRUPTING = 1.0
+_GRACE = 0.05
 
 
 class AsyncBackends(Backends):
@@ -155,8 +158,9 @@ def _wait(burial: "asyncio.Task[None]", *, is_busy: bool) -> None:
     cancelled = isinstance(sys.exception(), asyncio.CancelledError)
     if is_busy and not cancelled:
         return
+    patience = max(within(_INTERRUPTING), _GRACE) if cancelled else CLOSING_SECONDS
     try:
-        await_only(asyncio.wait([burial], timeout=_INTERRUPTING if cancelled else CLOSING_SECONDS))
+        await_only(asyncio.wait([burial], timeout=patience))
     except asyncio.CancelledError:
         if not cancelled:
             raise
