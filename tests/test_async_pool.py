@@ -9,7 +9,7 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-from sqlalchemy import make_url, select, text
+from sqlalchemy import event, make_url, select, text
 from sqlalchemy.ext.asyncio import AsyncSession
 
 import sessionscope
@@ -43,6 +43,32 @@ async def test_a_killed_connection_is_replaced_without_an_error(
     for read_only in (False, True):
         async with async_database.begin(read_only=read_only) as session:
             assert await backend_id(session) not in killed
+
+
+@pytest.mark.anyio
+@on_postgres
+async def test_a_connection_that_ends_while_it_is_set_up_is_opened_again(async_url: str) -> None:
+    """asyncpg tells that by an error of its own, which SQLAlchemy does not know there."""
+    ended: list[object] = []
+
+    def end(dbapi_connection: Any, record: object) -> None:
+        if not ended:
+            connection = dbapi_connection.driver_connection
+            ended.append(connection)
+            if hasattr(connection, "terminate"):
+                connection.terminate()
+            else:
+                connection.pgconn.finish()
+
+    async def work(session: AsyncSession) -> int:
+        return int((await session.scalars(text("SELECT 1"))).one())
+
+    async with AsyncDatabase(async_url) as database:
+        for engine in (database.engine, database.read_engine):
+            event.listen(engine.sync_engine.pool, "connect", end, insert=True)
+        assert await database.run(work) == 1
+        assert len(ended) == 1
+        assert database.stats().retried == 1
 
 
 @pytest.mark.anyio

@@ -133,7 +133,7 @@ def _listen(engine: Engine, database: str) -> None:
     may_be_stuck = engine.dialect.name == "sqlite" and engine.dialect.is_async
 
     def failed(context: ExceptionContext) -> BaseException | None:
-        note = _unavailable if context.connection is None else _note_failure
+        note = _unavailable if _is_connecting(context.connection) else _note_failure
         error = note(context, database)
         for each in (error, context.sqlalchemy_exception):
             if each is not None:
@@ -334,6 +334,19 @@ def _refuse_further_statements(connection: Connection) -> None:
             raise _doomed(connection.connection.info)
 
     event.listen(connection, "before_cursor_execute", refuse)
+
+
+def _is_connecting(connection: Connection | None) -> bool:
+    """Return whether there is no connection yet, or SQLAlchemy looks a new server over on it."""
+    if connection is None:
+        return True
+    if connection.closed or connection.invalidated:
+        return False
+    try:
+        connection.connection.info  # noqa: B018
+    except NotImplementedError:  # it is that of no pool
+        return True
+    return False
 
 
 def _unavailable(context: ExceptionContext, database: str) -> BaseException | None:

@@ -66,6 +66,19 @@ class _Record(_ConnectionRecord):
     As in the newest SQLAlchemy (https://github.com/sqlalchemy/sqlalchemy/issues/13699).
     """
 
+    def __init__(self, pool: pool.Pool, connect: bool = True) -> None:
+        self._dialect: Any = pool._dialect
+        super().__init__(pool, connect)
+
+    def get_connection(self) -> Any:
+        # A server may also be gone while its connection is set up.
+        try:
+            return super().get_connection()
+        except Exception as error:
+            if (known := _of_asyncpg(error, self._dialect)) is None:
+                raise
+            raise known from error
+
     def invalidate(self, e: BaseException | None = None, soft: bool = False) -> None:
         super().invalidate(e, soft)
         if soft or e is None or isinstance(e, Exception) or self.fairy_ref is None:
@@ -110,11 +123,9 @@ class _CountedPool(pool.Pool):
             return self.backends.open(partial(self._connect, record), discard, self._patience)
         except DeadlineExceeded:  # which is an OSError as well
             raise
-        except Exception as error:
-            known = _as_known(error, self._dialect)
-            if known is None:
-                raise
-            raise known from error
+        except OSError as error:  # of asyncpg
+            dialect: Any = self._dialect
+            raise dialect.loaded_dbapi.OperationalError(str(error)) from error
 
     def _create_connection(self) -> ConnectionPoolEntry:
         # It connects at its checkout. If that fails half-way, in a "connect" event or in a
@@ -137,19 +148,17 @@ class _CountedPool(pool.Pool):
         return recreated
 
 
-def _as_known(error: Exception, dialect: Any) -> Exception | None:
+def _of_asyncpg(error: Exception, dialect: Any) -> Exception | None:
     """Return an *error* of asyncpg's while it connects as one that SQLAlchemy knows."""
     dbapi = dialect.loaded_dbapi
-    if isinstance(error, OSError):
-        return dbapi.OperationalError(str(error))  # type: ignore[no-any-return]
     if not hasattr(dbapi, "_asyncpg_error_translate"):
         return None
-    # SQLAlchemy 2.1 does this by itself.
+    # SQLAlchemy 2.1 does this by itself where it connects, and not where it sets codecs.
     classes = {dbapi.asyncpg.InternalClientError: dbapi.InternalError}
     classes |= dbapi._asyncpg_error_translate
     known: Any = next((classes[each] for each in type(error).__mro__ if each in classes), None)
     if known is not None:
-        known = known(f"{type(error)}: {error}")
+        known = known(str(error))
         known.pgcode = known.sqlstate = getattr(error, "sqlstate", None)
     return known  # type: ignore[no-any-return]
 
