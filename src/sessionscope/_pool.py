@@ -61,13 +61,14 @@ class _Queue(QueueCommon[ConnectionPoolEntry]):
 
 
 class _Record(_ConnectionRecord):
-    """A pool's entry whose place comes back though its reset was interrupted.
+    """A pool's entry that knows asyncpg's errors while a connection is set up.
 
-    As in the newest SQLAlchemy (https://github.com/sqlalchemy/sqlalchemy/issues/13699).
+    Its place comes back though its reset was interrupted, as in the newest SQLAlchemy
+    (https://github.com/sqlalchemy/sqlalchemy/issues/13699).
     """
 
     def __init__(self, pool: pool.Pool, connect: bool = True) -> None:
-        self._dialect: Any = pool._dialect
+        self._dialect: Any = pool._dialect  # pyright: ignore[reportPrivateUsage]  # of its kind
         super().__init__(pool, connect)
 
     def get_connection(self) -> Any:
