@@ -127,6 +127,10 @@ def test_hang(client: socket.socket, proxy: FaultProxy, echo: Echo) -> None:
     assert echo.got(b"COMMIT;")
     assert is_silent(client)
     proxy.heal()
+    assert client.recv(100) == b"COMMIT;"
+    assert ask(client, b"?") == b"?"
+    proxy.aim("hang", b"COMMIT")
+    client.sendall(b"COMMIT;")
     assert is_silent(client)
     proxy.cut()
     assert ask(client, b"?") == b""

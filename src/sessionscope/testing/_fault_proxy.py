@@ -89,7 +89,8 @@ class FaultProxy:
 
         ``"cut before"``: the server never sees the whole of it. ``"cut after"``: the server has
         answered, and the client never sees that. ``"hang"``: the server gets it, and the
-        client no answer, over a connection that stays open. ``hits`` counts how often it was met.
+        client no answer, over a connection that stays open, until :meth:`heal`. ``hits`` counts
+        how often it was met.
         """
         if not 0 < len(marker) <= _LONGEST_MARKER:
             raise ValueError(f"The marker must have 1 to {_LONGEST_MARKER} bytes: {marker!r}")
@@ -116,7 +117,7 @@ class FaultProxy:
         self._do(self._cut)
 
     def heal(self) -> None:
-        """Forget all faults. Connections that hang stay so, until they are cut."""
+        """Forget all faults. What connections that hang have not passed on arrives late."""
         self._do(self._heal)
 
     def through(self, url: str) -> str:
@@ -172,6 +173,8 @@ class FaultProxy:
         self._weather = _Weather()
         self._aims.clear()
         self._passing.set()
+        for link in self._links:
+            link.go_on()
 
     def _cut(self) -> None:
         for link in self._links:
@@ -227,6 +230,7 @@ class _Link:
     server: asyncio.StreamWriter
     struck: Fault | None = None
     recent: bytes = b""
+    going_on: asyncio.Event = field(default_factory=asyncio.Event)
     directions: list["asyncio.Future[None]"] = field(default_factory=list["asyncio.Future[None]"])
 
     async def relay(self) -> None:
@@ -248,11 +252,19 @@ class _Link:
         self.client.transport.abort()
         self.server.transport.abort()
 
+    def go_on(self) -> None:
+        """Hang no more."""
+        if self.struck == "hang":
+            self.struck = None
+            self.going_on.set()
+
     async def _to_server(self) -> None:
         while data := await self.client_reader.read(_CHUNK):
             if self.proxy.delay:
                 await asyncio.sleep(self.proxy.delay)
-            self.struck = self.struck or self._strike(data)
+            if self.struck is None:
+                self.struck = self._strike(data)
+                self.going_on.clear()
             if self.struck == "cut before":
                 return
             await self.proxy.pass_on(data, self.server)
@@ -267,5 +279,6 @@ class _Link:
         while data := await self.server_reader.read(_CHUNK):
             if self.struck == "cut after":
                 return
-            if self.struck != "hang":
-                await self.proxy.pass_on(data, self.client)
+            if self.struck == "hang":
+                await self.going_on.wait()
+            await self.proxy.pass_on(data, self.client)
