@@ -160,7 +160,7 @@ def test_a_script_owns_what_ends_with_it(tree: Tree) -> None:
 
 COMMITS_LATE = DATABASE.replace("yield db", "yield db\n        db.commit()") + (
     "from fastapi import Depends, FastAPI\napp = FastAPI()\n"
-    "@app.get('/')\ndef read(db=Depends(get_db)): ...\n"
+    "@app.post('/')\ndef write(db=Depends(get_db)):\n    db.add(1)\n"
 )
 
 
