@@ -76,9 +76,7 @@ def _is_not_fastapi(model: Model, scope: Scope, call: ast.Call) -> bool:
     return not model.external(call.func, scope).startswith("fastapi")
 
 
-def _relied_on(
-    model: Model, consumers: list[Consumer]
-) -> tuple[Confidence, tuple[Because, ...]]:
+def _relied_on(model: Model, consumers: list[Consumer]) -> tuple[Confidence, tuple[Because, ...]]:
     """Return how sure it is that an endpoint leaves its commit to the provider, and which one."""
     unknown: Because | None = None
     for user in consumers:
