@@ -30,13 +30,13 @@ def read_user(user_id: int, db: Session = Depends(get_db)):
 ## When to ignore
 
 Where the event loop serves nobody else. It is not flagged where that shows: below
-``asyncio.run(main())``, as long as nothing there starts tasks or servers.
+``asyncio.run(main())``, until something there starts tasks or servers.
 """
 
 import ast
 from collections.abc import Iterator
 
-from sessionscope.check._facts import STATEMENTS, Scope, Use
+from sessionscope.check._facts import STATEMENTS, Scope, Use, position
 from sessionscope.check._finding import Confidence, Finding, Rule
 from sessionscope.check._loops import has_loop_to_itself
 from sessionscope.check._model import Because, Model
@@ -134,7 +134,7 @@ def _finding(model: Model, scope: Scope, path: str, use: Use, value: Value) -> F
         f"`{path}.{use.name}()` stops the event loop of `{scope.name}` until the database has "
         'answered: nobody else is served, and an empty pool means "QueuePool limit reached" '
         f"after 30 s of silence. {instead}",
-        confidence=_confidence(model, scope),
+        confidence=_confidence(model, scope, use),
         because=[
             Because(scope, scope.function, f"`{scope.name}` runs on the event loop"),
             Because(value.scope or scope, value.node, "the session is synchronous"),
@@ -143,13 +143,13 @@ def _finding(model: Model, scope: Scope, path: str, use: Use, value: Value) -> F
     )
 
 
-def _confidence(model: Model, scope: Scope) -> Confidence:
+def _confidence(model: Model, scope: Scope, use: Use) -> Confidence:
     context = model.in_context(scope)
     if context in {"start-up", "command"} or (
         not context
         and (
             (model.runs_once(scope) and _run_by_script(model, scope))
-            or has_loop_to_itself(model, scope)
+            or has_loop_to_itself(model, scope, position(use.node))
         )
     ):
         return "low"
