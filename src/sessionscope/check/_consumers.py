@@ -64,9 +64,12 @@ class Consumers:
                 if value.injected is not None and value.injected.provider is not None:
                     user = Consumer(function, name, value.injected.call)
                     sessions.setdefault(id(value.injected.provider), []).append(user)
-                elif value.kind == "instance" and isinstance(value.target, Scope):
-                    if value.injected is not None or self._is_called_by_framework(function):
-                        objects.append((function, name, value.target))
+                elif (
+                    value.kind == "instance"
+                    and isinstance(value.target, Scope)
+                    and (value.injected is not None or self._is_called_by_framework(function))
+                ):
+                    objects.append((function, name, value.target))
         return sessions, objects
 
     def _is_called_by_framework(self, function: Scope) -> bool:

@@ -121,7 +121,11 @@ def _names_of(scope: Scope, unit: ast.Call) -> set[str]:
 
 def _finding(model: Model, scope: Scope, path: str, use: Use, value: Value) -> Finding:
     # Only what a framework calls gets a thread of its own as a plain function.
-    may_be_plain = model.context(scope) in {"endpoint", "dependency"} and _can_be_sync(scope)
+    may_be_plain = (
+        model.context(scope) in {"endpoint", "dependency"}
+        and _can_be_sync(scope)
+        and not _is_awaited_itself(model, scope)
+    )
     instead = (
         "Write `def` instead of `async def`, or use an AsyncSession"
         if may_be_plain
@@ -141,6 +145,19 @@ def _finding(model: Model, scope: Scope, path: str, use: Use, value: Value) -> F
         ],
         fix=may_be_plain and model.context(scope) == "endpoint",
     )
+
+
+def _is_awaited_itself(model: Model, scope: Scope) -> bool:
+    """Return whether the project awaits the function: by its name, or in a decorator."""
+    if any(called.call.role == "await" for called in model.callers(scope)):
+        return True
+    for node in scope.decorators:
+        plain = node.func if isinstance(node, ast.Call) else node
+        found = model.value(plain, scope.parent or scope)
+        decorator = found.target if found is not None and found.kind == "function" else None
+        if isinstance(decorator, Scope) and any(inner.is_async for inner in decorator.within()):
+            return True
+    return False
 
 
 def _confidence(model: Model, scope: Scope, use: Use) -> Confidence:
