@@ -139,6 +139,16 @@ def test_a_factory_set_by_a_function_through_global_is_known(tree: Tree) -> None
     assert [f.code for f in findings] == ["SES102"]
 
 
+def test_what_a_module_makes_when_it_is_first_asked_is_known(tree: Tree) -> None:
+    """``__getattr__`` of a module with one ``return``."""
+    findings = tree(
+        app___database=DATABASE + "\ndef __getattr__(name):\n    return SessionLocal\n",
+        app___views="from .database import Maker\n"
+        "def read():\n    session = Maker()\n    return session.execute('SELECT 1')\n",
+    )
+    assert [f.code for f in findings] == ["SES102"]
+
+
 def test_circular_imports_end(tree: Tree) -> None:
     assert tree(a="from b import x", b="from a import x", c="from a import x\nx.session()\n") == []
 
