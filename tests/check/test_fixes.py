@@ -182,7 +182,7 @@ def test_a_fix_in_another_file_than_the_finding_is_made_there(folder: Path) -> N
     views = folder / "views.py"
     views.write_text(
         "from fastapi import Depends, FastAPI\nfrom database import get_session\napp = FastAPI()\n"
-        "@app.get('/')\ndef read(db=Depends(get_session)): ...\n"
+        "@app.post('/')\ndef write(db=Depends(get_session)):\n    db.add(1)\n"
     )
     assert _cli.main(["check", "--select", "SES206", "--fix", "--unsafe-fixes", "."]) == 0
     assert 'Depends(get_session, scope="function")' in views.read_text()

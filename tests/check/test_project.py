@@ -139,6 +139,16 @@ def test_a_factory_set_by_a_function_through_global_is_known(tree: Tree) -> None
     assert [f.code for f in findings] == ["SES102"]
 
 
+def test_what_a_module_makes_when_it_is_first_asked_is_known(tree: Tree) -> None:
+    """``__getattr__`` of a module with one ``return``."""
+    findings = tree(
+        app___database=DATABASE + "\ndef __getattr__(name):\n    return SessionLocal\n",
+        app___views="from .database import Maker\n"
+        "def read():\n    session = Maker()\n    return session.execute('SELECT 1')\n",
+    )
+    assert [f.code for f in findings] == ["SES102"]
+
+
 def test_circular_imports_end(tree: Tree) -> None:
     assert tree(a="from b import x", b="from a import x", c="from a import x\nx.session()\n") == []
 
@@ -160,7 +170,7 @@ def test_a_script_owns_what_ends_with_it(tree: Tree) -> None:
 
 COMMITS_LATE = DATABASE.replace("yield db", "yield db\n        db.commit()") + (
     "from fastapi import Depends, FastAPI\napp = FastAPI()\n"
-    "@app.get('/')\ndef read(db=Depends(get_db)): ...\n"
+    "@app.post('/')\ndef write(db=Depends(get_db)):\n    db.add(1)\n"
 )
 
 

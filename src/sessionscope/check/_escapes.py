@@ -44,7 +44,7 @@ def _escapes(model: Model, node: ast.expr, scope: Scope) -> Iterator[Escape]:
     elif value.kind == "function":
         yield from _of_callable(model, node, value, scope)
     elif value.kind == "instance":
-        yield from _of_instance(model, node, value)
+        yield from _of_instance(model, node, value, scope)
 
 
 def is_made_anew(node: ast.expr, value: Value) -> bool:
@@ -62,7 +62,7 @@ def _of_callable(model: Model, node: ast.expr, value: Value, scope: Scope) -> It
             yield Escape(found.value, node, scope, found.shown)
 
 
-def _of_instance(model: Model, node: ast.expr, value: Value) -> Iterator[Escape]:
+def _of_instance(model: Model, node: ast.expr, value: Value, scope: Scope) -> Iterator[Escape]:
     """An object that was made with a session holds it."""
     made = value.node
     if isinstance(made, ast.Call) and value.scope is not None:
@@ -70,7 +70,7 @@ def _of_instance(model: Model, node: ast.expr, value: Value) -> Iterator[Escape]
             held = model.session(argument, value.scope)
             if held is not None and held.kind == "session" and not held.scoped:
                 shown = f"{ast.unparse(node)}, which holds {ast.unparse(argument)}"
-                yield Escape(held, node, value.scope, shown)
+                yield Escape(held, node, scope, shown)
 
 
 def captured(model: Model, function: Scope, *, bound: bool = False) -> Escape | None:

@@ -172,7 +172,16 @@ class Inference:
         inner = self.index.submodule(module, name)
         if inner is not None:
             return Value("module", target=inner)
-        return external(f"builtins.{name}") if name in _BUILTINS else None
+        return external(f"builtins.{name}") if name in _BUILTINS else self._made_late(module)
+
+    def _made_late(self, module: Module) -> Value | None:
+        """A module's ``__getattr__`` that makes one object when it is first asked for."""
+        for binding in module.scope.bindings.get("__getattr__", ()):
+            function = binding.value
+            if isinstance(function, Scope) and len(function.returns) == 1:
+                found = self.returned(function)
+                return found.held() if found is not None else None
+        return None
 
     def _local(self, bindings: list[Binding], scope: Scope, at: tuple[int, int]) -> Value | None:
         before = [b for b in bindings if (b.line, b.column) < at]

@@ -38,6 +38,7 @@ once. ``next()`` of an asynchronous provider is flagged for what it is, a TypeEr
 import ast
 from collections.abc import Iterator
 
+from sessionscope.check._committing import late_commit
 from sessionscope.check._facts import SESSION_METHODS, CallFact, Scope, dotted, last_name
 from sessionscope.check._finding import Finding, Rule
 from sessionscope.check._model import Because, Model, contains, enclosing
@@ -202,18 +203,29 @@ def _left_loops(model: Model, scope: Scope) -> Iterator[Finding]:
         if found is None or not isinstance(loop.iter, ast.Call) or not _is_left(loop):
             continue
         target = found.target if isinstance(found.target, Scope) else None
+        commit = late_commit(model, target) if target is not None else None
+        because = [Because(target, target.function, "the provider")] if target else []
+        if commit is not None and target is not None:
+            because.append(Because(target, commit, "this commit never runs"))
         yield model.finding(
             RULE,
             scope,
             loop.iter,
-            f"The loop over `{ast.unparse(loop.iter)}` is left before its end: the provider's "
-            "clean-up runs when the garbage collector comes by, and until then the connection is "
-            "missing from the pool. Write "
-            f"`{_manager(found)}({ast.unparse(loop.iter.func)})() as session:`",
-            because=[Because(target, target.function, "the provider")] if target else (),
-            confidence="medium",
+            f"The loop over `{ast.unparse(loop.iter)}` is left before its end: {_then(commit)}. "
+            f"Write `{_manager(found)}({ast.unparse(loop.iter.func)})() as session:`",
+            because=because,
+            confidence="medium" if commit is None else "high",
             fix=False,
         )
+
+
+def _then(commit: ast.expr | None) -> str:
+    if commit is not None:
+        return "the provider is closed at its `yield`, and never comes to its commit"
+    return (
+        "the provider's clean-up does not run here but in a task that the event loop starts later, "
+        "which keeps the connection until then, and hides its errors"
+    )
 
 
 def _is_left(loop: ast.AsyncFor) -> bool:

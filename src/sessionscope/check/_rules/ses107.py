@@ -3,7 +3,8 @@
 ## What it does
 
 Flags ``close()``, and ``with session:``, on a session that came in by parameter, by dependency or
-through the constructor. Whoever made the session closes it.
+through the constructor. Whoever made the session closes it. Where all callers are known it is
+flagged if one of them still needs the session: it uses it later, or has written before.
 
 ## Why it bites in production
 
@@ -41,6 +42,7 @@ import ast
 import re
 from collections.abc import Iterator
 
+from sessionscope.check._callers import goes_on_closed, returns_expired
 from sessionscope.check._facts import Binding, Block, Scope, Use, decorator_names, position
 from sessionscope.check._finding import Confidence, Finding, Rule
 from sessionscope.check._model import Because, Model, dotted_root
@@ -63,9 +65,12 @@ def judge(model: Model) -> Iterator[Finding]:
         told = set[str]()
         for path, uses in scope.uses.items():
             for use in uses:
-                if path not in told and _closes(use) and _received(model, scope, path, use):
-                    told.add(path)
-                    yield _finding(model, scope, path, use)
+                if path in told or not _closes(use) or not _received(model, scope, path, use):
+                    continue
+                told.add(path)
+                owner = _owner(model, scope, path)
+                if owner is not None:
+                    yield _finding(model, scope, path, use, owner)
 
 
 def _closes(use: Use) -> bool:
@@ -98,6 +103,28 @@ def _received(model: Model, scope: Scope, path: str, use: Use) -> bool:
         and path not in scope.bindings
         and not _is_scope(stored_in(scope))
     )
+
+
+def _owner(model: Model, scope: Scope, path: str) -> Because | None:
+    """Return who goes on with the session; a known caller that needs it no more does not."""
+    names = {use.name for name in _names(scope, path) for use in scope.uses.get(name, ())}
+    saved = "commit" in names
+    unsaved = not saved and not names.isdisjoint({"add", "add_all", "delete", "merge"})
+    goes_on = Because(scope, scope.function, "its owner goes on with it")
+    if "." in path or unsaved or returns_expired(scope, path):
+        return goes_on
+    return goes_on_closed(model, scope, path, saved=saved)
+
+
+def _names(scope: Scope, path: str) -> Iterator[str]:
+    """``with db as session:`` is a second name of it."""
+    yield path
+    for name, bindings in scope.bindings.items():
+        if any(
+            b.kind == "with" and isinstance(b.value, ast.Name) and b.value.id == path
+            for b in bindings
+        ):
+            yield name
 
 
 def _is_its_own(model: Model, scope: Scope, binding: Binding) -> bool:
@@ -149,7 +176,7 @@ def _guarded(block: Block) -> bool:
     return any(b.kind in {"if", "orelse"} for b in block.chain())
 
 
-def _finding(model: Model, scope: Scope, path: str, use: Use) -> Finding:
+def _finding(model: Model, scope: Scope, path: str, use: Use, owner: Because) -> Finding:
     node = use.node
     confidence: Confidence = "high" if use.role == "method" else "medium"
     bindings = scope.bindings.get(path, [])
@@ -168,6 +195,7 @@ def _finding(model: Model, scope: Scope, path: str, use: Use) -> Finding:
                 argument if isinstance(argument, ast.expr) else scope.function,
                 f"`{path}` comes in here",
             ),
+            *([owner] if owner.scope is not scope else []),
         ],
         fix=use.role == "method" and _is_statement(scope, node),
     )

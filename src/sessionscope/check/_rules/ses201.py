@@ -30,7 +30,8 @@ def read_users(session: Session):
 
 ## When to ignore
 
-In a script that runs once, in one thread.
+In a script that runs once, in one thread. The default argument of a function that start-up alone
+calls, and that closes it, is not flagged.
 """
 
 import ast
@@ -99,9 +100,16 @@ def _defaults(model: Model, scope: Scope) -> Iterator[Finding]:
         return
     for argument, default in parameters(node):
         if isinstance(default, ast.Call) and _made(model, default, outer) is not None:
-            if _is_injected(model, default, outer):
+            if _is_injected(model, default, outer) or _starts_up(model, scope, argument.arg):
                 continue
             yield _finding(model, outer, default, argument.arg, "function")
+
+
+def _starts_up(model: Model, scope: Scope, name: str) -> bool:
+    """Return whether the function runs once, at start-up, and then closes the session."""
+    callers = model.callers(scope)
+    once = bool(callers) and all(model.in_context(c.scope) == "start-up" for c in callers)
+    return once and _ends_here(scope, name)
 
 
 def _is_injected(model: Model, default: ast.Call, scope: Scope) -> bool:

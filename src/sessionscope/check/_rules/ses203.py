@@ -12,7 +12,7 @@ A session does one thing at a time. "This session is provisioning a new connecti
 operations are not permitted", "another operation is in progress", and connections that never
 come back to the pool. On a warm pool it may work for weeks. The calls of a plain ``Session`` block,
 so that its coroutines take turns at each ``await``: one commits or rolls back what the other has
-half done.
+half done. It is flagged where a coroutine waits before it has committed what it wrote.
 
 ## Example
 
@@ -40,11 +40,11 @@ from sessionscope.check._escapes import Escape, captured, escapes, is_made_anew
 from sessionscope.check._facts import Block, CallFact, Scope, last_name, position
 from sessionscope.check._finding import Finding, Rule
 from sessionscope.check._model import Because, Model
+from sessionscope.check._tasks import SEVERAL, is_awaited, is_kept, names
+from sessionscope.check._unsaved import writes
 
-_SEVERAL = frozenset({"gather", "wait", "as_completed"})
 _ONE = frozenset({"create_task", "ensure_future", "start_soon", "start_soon_task"})
 _CLOSES = frozenset({"close", "aclose"})  # in a task of its own, so that no cancel stops it
-_WAITED_BY = _SEVERAL | {"wait_for", "shield", "append", "run_until_complete"}
 _COMPREHENSIONS = (ast.ListComp, ast.GeneratorExp, ast.SetComp)
 
 
@@ -63,7 +63,7 @@ def judge(model: Model) -> Iterator[Finding]:
         waiting: dict[str, CallFact] = {}
         for call in scope.calls:
             last = call.name
-            if last in _SEVERAL and _is_asyncio(model, scope, call.node):
+            if last in SEVERAL and _is_asyncio(model, scope, call.node):
                 yield from _together(model, scope, call)
             elif last in _ONE and _starts(model, scope, call.node):
                 yield from _alone(model, scope, call, started, waiting)
@@ -134,19 +134,36 @@ def _session_of(model: Model, scope: Scope, call: ast.Call) -> Escape | None:
     """Return the session of this flow that the coroutine uses."""
     found = next(escapes(model, [*call.args, *(k.value for k in call.keywords)], scope), None)
     if found is not None:
-        return found
+        return found if found.value.is_async or _is_half_done(model, scope, call) else None
     if isinstance(call.func, ast.Attribute):  # session.execute(...)
         held = call.func.value
         value = model.session(held, scope)
         if value is not None and value.kind == "session" and not is_made_anew(held, value):
-            return Escape(value, held, scope, ast.unparse(held))
+            return Escape(value, held, scope, ast.unparse(held)) if value.is_async else None
     function = model.value(call.func, scope)
     if function is None or function.kind != "function" or not isinstance(function.target, Scope):
         return None
     inner = captured(model, function.target, bound=function.bound is not None)
     if inner is None or _locks(function.target):
         return None
-    return inner
+    if inner.value.is_async or writes(model, function.target, inner.shown).at_await is not None:
+        return inner
+    return None
+
+
+def _is_half_done(model: Model, scope: Scope, call: ast.Call) -> bool:
+    """Return whether the coroutine waits while a plain session holds what it wrote.
+
+    Between two ``await`` nobody else is at work.
+    """
+    function = model.called(call, scope)
+    if function is None or function.kind != "function":
+        return False
+    return any(
+        writes(model, function, name).at_await is not None
+        for name in function.bindings
+        if model.session(model.argument_for(call, function, name), scope) is not None
+    )
 
 
 def _locks(function: Scope) -> bool:
@@ -174,7 +191,7 @@ def _alone(
         return
     if escape is None or call.role == "await":
         return
-    if _is_awaited(scope, call):
+    if is_awaited(scope, call):
         beside = _used_beside(model, scope, call, escape)
         if beside is not None:
             what = "a task and by this function"
@@ -183,6 +200,8 @@ def _alone(
         if _runs_beside(scope, waiting.get(escape.shown), call):
             yield _finding(model, scope, call.node, escape, "several tasks")
         waiting[escape.shown] = call
+        return
+    if is_kept(scope, call):
         return
     group = _in_group(scope, call)
     looped = _is_looped(scope, call.block, escape)
@@ -200,7 +219,7 @@ def _runs_beside(scope: Scope, first: CallFact | None, call: CallFact) -> bool:
     """Return whether the task *first* is awaited, by its name alone, after *call* starts one."""
     if first is None or first.block not in call.block.chain():
         return False
-    uses = [use for name in _names(first) for use in scope.uses.get(name, ())]
+    uses = [use for name in names(first) for use in scope.uses.get(name, ())]
     if not {use.role for use in uses} <= {"await", "method", "attribute"}:
         return False
     awaited = [position(use.node) for use in uses if use.role == "await"]
@@ -209,7 +228,7 @@ def _runs_beside(scope: Scope, first: CallFact | None, call: CallFact) -> bool:
 
 def _used_beside(model: Model, scope: Scope, task: CallFact, escape: Escape) -> CallFact | None:
     """Return what awaits the task's session after the task was started, and before it is over."""
-    uses = [use for name in _names(task) for use in scope.uses.get(name, ())]
+    uses = [use for name in names(task) for use in scope.uses.get(name, ())]
     over = [
         position(use.node)
         for use in uses
@@ -237,11 +256,6 @@ def _is_locked(block: Block) -> bool:
     )
 
 
-def _names(task: CallFact) -> list[str]:
-    targets = task.owner.targets if isinstance(task.owner, ast.Assign) else []
-    return [target.id for target in targets if isinstance(target, ast.Name)]
-
-
 def _in_group(scope: Scope, call: CallFact) -> bool:
     function = call.node.func
     if not isinstance(function, ast.Attribute):
@@ -250,22 +264,6 @@ def _in_group(scope: Scope, call: CallFact) -> bool:
     return any(
         isinstance(b.value, ast.Call) and last_name(b.value) in {"TaskGroup", "create_task_group"}
         for b in scope.bindings.get(name, ())
-    )
-
-
-def _is_awaited(scope: Scope, call: CallFact) -> bool:
-    """Return whether the task has a name that is awaited, alone, later on."""
-    if not isinstance(call.owner, ast.Assign):
-        return call.role in {"element", "argument"}
-    return any(
-        use.role in {"await", "element", "return"}
-        or (
-            use.role == "argument"
-            and isinstance(use.owner, ast.Call)
-            and last_name(use.owner) in _WAITED_BY
-        )
-        for name in _names(call)
-        for use in scope.uses.get(name, ())
     )
 
 

@@ -30,13 +30,13 @@ def read_user(user_id: int, db: Session = Depends(get_db)):
 ## When to ignore
 
 Where the event loop serves nobody else. It is not flagged where that shows: below
-``asyncio.run(main())``, as long as nothing there starts tasks or servers.
+``asyncio.run(main())``, until something there starts tasks or servers.
 """
 
 import ast
 from collections.abc import Iterator
 
-from sessionscope.check._facts import STATEMENTS, Scope, Use
+from sessionscope.check._facts import STATEMENTS, Scope, Use, position
 from sessionscope.check._finding import Confidence, Finding, Rule
 from sessionscope.check._loops import has_loop_to_itself
 from sessionscope.check._model import Because, Model
@@ -121,7 +121,11 @@ def _names_of(scope: Scope, unit: ast.Call) -> set[str]:
 
 def _finding(model: Model, scope: Scope, path: str, use: Use, value: Value) -> Finding:
     # Only what a framework calls gets a thread of its own as a plain function.
-    may_be_plain = model.context(scope) in {"endpoint", "dependency"} and _can_be_sync(scope)
+    may_be_plain = (
+        model.context(scope) in {"endpoint", "dependency"}
+        and _can_be_sync(scope)
+        and not _is_awaited_itself(model, scope)
+    )
     instead = (
         "Write `def` instead of `async def`, or use an AsyncSession"
         if may_be_plain
@@ -134,7 +138,7 @@ def _finding(model: Model, scope: Scope, path: str, use: Use, value: Value) -> F
         f"`{path}.{use.name}()` stops the event loop of `{scope.name}` until the database has "
         'answered: nobody else is served, and an empty pool means "QueuePool limit reached" '
         f"after 30 s of silence. {instead}",
-        confidence=_confidence(model, scope),
+        confidence=_confidence(model, scope, use),
         because=[
             Because(scope, scope.function, f"`{scope.name}` runs on the event loop"),
             Because(value.scope or scope, value.node, "the session is synchronous"),
@@ -143,13 +147,26 @@ def _finding(model: Model, scope: Scope, path: str, use: Use, value: Value) -> F
     )
 
 
-def _confidence(model: Model, scope: Scope) -> Confidence:
+def _is_awaited_itself(model: Model, scope: Scope) -> bool:
+    """Return whether the project awaits the function: by its name, or in a decorator."""
+    if any(called.call.role == "await" for called in model.callers(scope)):
+        return True
+    for node in scope.decorators:
+        plain = node.func if isinstance(node, ast.Call) else node
+        found = model.value(plain, scope.parent or scope)
+        decorator = found.target if found is not None and found.kind == "function" else None
+        if isinstance(decorator, Scope) and any(inner.is_async for inner in decorator.within()):
+            return True
+    return False
+
+
+def _confidence(model: Model, scope: Scope, use: Use) -> Confidence:
     context = model.in_context(scope)
     if context in {"start-up", "command"} or (
         not context
         and (
             (model.runs_once(scope) and _run_by_script(model, scope))
-            or has_loop_to_itself(model, scope)
+            or has_loop_to_itself(model, scope, position(use.node))
         )
     ):
         return "low"

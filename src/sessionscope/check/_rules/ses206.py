@@ -4,7 +4,8 @@
 
 Flags a FastAPI dependency whose commit stands after the ``yield`` (or is the end of a ``begin()``
 block around it), where FastAPI's version and the dependency's scope put that after the response:
-below 0.106, and from 0.118 unless ``scope="function"``.
+below 0.106, and from 0.118 unless ``scope="function"``. It is a finding where an endpoint writes
+with that session, here or in what it calls, and leaves the commit to the dependency.
 
 ## Why it bites in production
 
@@ -30,24 +31,28 @@ def create_user(db: Annotated[Session, Depends(get_db, scope="function")]): ...
 
 ## When to ignore
 
-Where no client relies on what the answer says, or each endpoint commits by itself: the finding is
-of medium confidence unless an endpoint is seen to write and to leave the commit to the dependency.
+Where no client relies on what the answer says. Where the session goes to code that cannot be
+followed, from an endpoint that may write, the finding is of medium confidence; where all endpoints
+are seen to read, or to commit by themselves, of low confidence.
 """
 
 import ast
 from collections.abc import Iterator
 
 from sessionscope.check._committing import late_commit
+from sessionscope.check._consumers import Consumer, Consumers
 from sessionscope.check._facts import Scope, decorator_names
 from sessionscope.check._fastapi import ends_after_response
 from sessionscope.check._finding import Confidence, Finding, Rule
 from sessionscope.check._model import Because, Model
+from sessionscope.check._unsaved import writes
 
-_WRITES = frozenset({"add", "add_all", "delete", "merge", "flush"})
+_WRITE = frozenset({"post", "put", "patch", "delete", "api_route", "websocket"})
 
 
 def judge(model: Model) -> Iterator[Finding]:
     """Find commits that come too late for the client."""
+    consumers = Consumers(model)
     for scope in model.functions:
         if not scope.is_generator or decorator_names(scope) & {
             "contextmanager",
@@ -64,42 +69,54 @@ def judge(model: Model) -> Iterator[Finding]:
             continue
         commit = late_commit(model, scope)
         if commit is not None:
-            yield _finding(model, scope, commit, uses)
+            yield _finding(model, scope, commit, uses, consumers.of(scope))
 
 
 def _is_not_fastapi(model: Model, scope: Scope, call: ast.Call) -> bool:
     return not model.external(call.func, scope).startswith("fastapi")
 
 
-def _leaves_its_commit(model: Model, where: Scope, depends: ast.Call) -> bool:
-    """Return whether the function with this ``Depends`` writes, and does not commit by itself."""
-    for function in where.children:
-        for name, bindings in function.bindings.items():
-            if any(
-                b.kind == "parameter" and (b.value is depends or _mentions(b.annotation, depends))
-                for b in bindings
-            ):
-                used = {use.name for path, use, _ in model.session_uses(function) if path == name}
-                return bool(used & _WRITES) and "commit" not in used
-    return False
+def _relied_on(model: Model, consumers: list[Consumer]) -> tuple[Confidence, tuple[Because, ...]]:
+    """Return how sure it is that an endpoint leaves its commit to the provider, and which one."""
+    unknown: Because | None = None
+    for user in consumers:
+        if ends_after_response(model.version, user.depends) is False:
+            continue
+        found = writes(model, user.function, user.name)
+        if found.left is not None:
+            return "high", (found.left, _consumer(user, "leaves the commit to the dependency"))
+        if not found.ends and _may_write(user.function):
+            unknown = unknown or found.unknown
+    if unknown is not None:
+        return "medium", (unknown,)
+    return "low", ()
 
 
-def _mentions(annotation: ast.expr | None, depends: ast.Call) -> bool:
-    return annotation is not None and any(node is depends for node in ast.walk(annotation))
+def _consumer(user: Consumer, does: str) -> Because:
+    function = user.function
+    return Because(function, function.function, f"`{function.name}` {does}")
+
+
+def _may_write(function: Scope) -> bool:
+    """An endpoint, and not for GET alone."""
+    return not decorator_names(function).isdisjoint(_WRITE)
 
 
 def _finding(
-    model: Model, scope: Scope, commit: ast.expr, uses: list[tuple[Scope, ast.Call]]
+    model: Model,
+    scope: Scope,
+    commit: ast.expr,
+    uses: list[tuple[Scope, ast.Call]],
+    consumers: list[Consumer],
 ) -> Finding:
     sent = scope.yields[0].node
-    relied = any(_leaves_its_commit(model, where, call) for where, call in uses)
-    confidence: Confidence = "high" if relied else "medium"
+    confidence, relied = _relied_on(model, consumers)
     return model.finding(
         RULE,
         scope,
         commit,
         f"`{scope.name}` commits after the `yield`, when the response is already sent: a COMMIT "
-        "that fails was answered with 200, and the next request may not find the row. Write "
+        "that fails was answered with 200, and the next request may not find the change. Write "
         f'`Depends({scope.name}, scope="function")` (FastAPI 0.121), or commit before returning',
         confidence=confidence,
         because=[
@@ -108,6 +125,7 @@ def _finding(
                 sent if isinstance(sent, ast.expr) else None,
                 "the response is sent while the generator waits here",
             ),
+            *relied,
             *(
                 Because(where, call, 'a dependency without scope="function"')
                 for where, call in uses
