@@ -60,11 +60,13 @@ Where the error cannot come from the database.
 import ast
 from collections.abc import Iterator
 
-from sessionscope.check._dialects import keeps_postgresql_out
+from sessionscope.check._dialects import keeps_postgresql_out, speaks_sqlite_alone
 from sessionscope.check._facts import Block, Scope, Use, dotted, position, words
 from sessionscope.check._finding import Confidence, Finding, Rule
-from sessionscope.check._lifetime import goes_on
+from sessionscope.check._lifetime import Swallowed, goes_on
 from sessionscope.check._model import Because, Model, contains, dotted_root
+from sessionscope.check._reach import bound_in, loops_over, reaches
+from sessionscope.check._recovery import recovered
 from sessionscope.check._values import Value
 
 _FAILS = frozenset(
@@ -92,26 +94,15 @@ _ENDS = frozenset({"rollback", "close", "aclose", "remove", "invalidate", "reset
 
 def judge(model: Model) -> Iterator[Finding]:
     """Find transactions that go on after an error."""
-    sqlite_alone = _speaks_sqlite_alone(model)
+    # On SQLite a statement that fails leaves the transaction as it was.
+    failing = (_WRITES if speaks_sqlite_alone(model) else _FAILS) - recovered(model)
     for scope in model.functions:
         if not scope.tries:
             continue
         uses = model.session_uses(scope)
         if uses:
-            # On SQLite a statement that fails leaves the transaction as it was.
-            failing = _WRITES if sqlite_alone else _FAILS
             for node, block in scope.tries:
                 yield from _judge_try(model, scope, node, block, uses, failing)
-
-
-def _speaks_sqlite_alone(model: Model) -> bool:
-    """Return whether each engine of the project is one of SQLite, by the text of its URL."""
-    urls = [
-        ast.unparse(call.node).lower()
-        for scope, call in model.calls_of(("create_engine", "create_async_engine"))
-        if model.value(call.node, scope) is not None
-    ]
-    return bool(urls) and all("sqlite" in url for url in urls)
 
 
 def _judge_try(
@@ -134,7 +125,7 @@ def _judge_try(
     if not tried:
         return
     path, failing = next(((p, u) for p, u in tried if u.name in _WRITES), tried[0])
-    looped = _in_loop(scope, path, block) or _is_called_in_loop(model, scope, path)
+    looped = bool(loops_over(scope, path, block)) or _is_called_in_loop(model, scope, path)
     for handler in node.handlers:
         caught = _caught(handler)
         if (
@@ -150,7 +141,7 @@ def _judge_try(
             then = Because(scope, after.node, "and the session is used again here")
             yield _finding(model, scope, handler, path, failing, caught, text, then, looped)
             return
-        later = _left_behind(model, scope, node, path, failing, caught, known)
+        later = _left_behind(model, scope, node, handler, path, failing, caught, known)
         if later is not None:
             text = f"and whoever holds `{path}` goes on with it"
             yield _finding(model, scope, handler, path, failing, caught, text, later, looped)
@@ -161,6 +152,7 @@ def _left_behind(
     model: Model,
     scope: Scope,
     node: ast.Try,
+    handler: ast.ExceptHandler,
     path: str,
     failing: Use,
     caught: str,
@@ -172,9 +164,19 @@ def _left_behind(
         if other == path and use.name in _ENDS and position(use.node) > end:
             return None
     value = next(value for _, use, value in known if use is failing)
+    written = failing.name in _WRITES
     # Who catches an error of the database by its name has seen it come.
-    expected = failing.name in _WRITES or caught in _ERRORS
-    return goes_on(model, scope, path, failing, value, expected=expected)
+    expected = written or caught in _ERRORS
+    told = _returns_false(handler)
+    return goes_on(model, Swallowed(scope, path, failing, value, expected, written, told))
+
+
+def _returns_false(handler: ast.ExceptHandler) -> bool:
+    match handler.body[-1]:
+        case ast.Return(value=ast.Constant(value=False)):
+            return True
+        case _:
+            return False
 
 
 def _directly_in(block: Block, node: ast.Try) -> bool:
@@ -273,36 +275,13 @@ def _used_after(
         block = loop.parent
     if not isinstance(last, ast.Continue):
         for use in mine:
-            if position(use.node) > end and _shares(block, use.block):
+            if position(use.node) > end and reaches(block, use.block):
                 return None if use.name in _ENDS else use
     if loop is not None and not isinstance(last, ast.Break):
-        if _bound_in(scope, path, loop):
+        if bound_in(scope, path, loop):
             return None
         return next((u for u in mine if loop in u.block.chain()), None)
     return None
-
-
-def _shares(block: Block, other: Block) -> bool:
-    """Return whether control that leaves *block* at its end may come to *other*."""
-    if block in other.chain():
-        return True
-    around = list(other.chain())
-    for inner in block.chain():
-        if inner in around:
-            return True
-        if inner.kind == "with":
-            return False  # the block may have ended the session
-    return False
-
-
-def _bound_in(scope: Scope, path: str, loop: Block) -> bool:
-    """A session that each turn of the loop makes anew forgets the error."""
-    return any(loop in binding.block.chain() for binding in scope.bindings.get(path, ()))
-
-
-def _in_loop(scope: Scope, path: str, block: Block) -> bool:
-    """Return whether a loop around *block* uses one session in each of its turns."""
-    return any(b.kind == "loop" and not _bound_in(scope, path, b) for b in block.chain())
 
 
 def _is_called_in_loop(model: Model, scope: Scope, path: str) -> bool:
@@ -313,7 +292,7 @@ def _is_called_in_loop(model: Model, scope: Scope, path: str) -> bool:
     for caller in model.callers(scope):
         passed = model.argument_for(caller.call.node, scope, name)
         held = (dotted(passed) if passed is not None else None) or path
-        if _in_loop(caller.scope, held, caller.call.block):
+        if loops_over(caller.scope, held, caller.call.block):
             return True
     return False
 
