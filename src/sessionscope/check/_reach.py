@@ -2,7 +2,7 @@
 
 import ast
 
-from sessionscope.check._facts import Block, Scope
+from sessionscope.check._facts import Block, Scope, last_name
 
 _LEAVES = (ast.Return, ast.Raise, ast.Continue)
 
@@ -63,6 +63,22 @@ def _is_instead(block: Block, around: list[Block], parent: Block | None) -> bool
             return block.kind == "case"
         case _:
             return False
+
+
+def begins(block: Block, path: str) -> bool:
+    """Return whether *block* is one transaction of the session *path*, by ``begin()``."""
+    if block.kind != "with" or not isinstance(block.node, ast.With | ast.AsyncWith):
+        return False
+    return any(
+        ast.unparse(item.context_expr) == f"{path}.begin()"
+        or (
+            isinstance(item.context_expr, ast.Call)
+            and last_name(item.context_expr) == "begin"
+            and item.optional_vars is not None
+            and ast.unparse(item.optional_vars) == path
+        )
+        for item in block.node.items
+    )
 
 
 def bound_in(scope: Scope, path: str, loop: Block) -> bool:

@@ -61,11 +61,20 @@ import ast
 from collections.abc import Iterator
 
 from sessionscope.check._dialects import keeps_postgresql_out, speaks_sqlite_alone
-from sessionscope.check._facts import Block, Scope, Use, dotted, position, words
+from sessionscope.check._facts import Block, Scope, Use, dotted, last_name, position, words
 from sessionscope.check._finding import Confidence, Finding, Rule
+from sessionscope.check._handlers import (
+    BROAD,
+    ENDS,
+    ERRORS,
+    acts,
+    calls_one_that_acts,
+    caught_by,
+    returns_false,
+)
 from sessionscope.check._lifetime import Swallowed, goes_on
 from sessionscope.check._model import Because, Model, contains, dotted_root
-from sessionscope.check._reach import bound_in, loops_over, reaches
+from sessionscope.check._reach import begins, bound_in, loops_over, reaches
 from sessionscope.check._recovery import recovered
 from sessionscope.check._values import Value
 
@@ -84,12 +93,10 @@ _FAILS = frozenset(
     }
 )
 _WRITES = frozenset({"flush", "commit", "merge", "bulk_save_objects", "bulk_insert_mappings"})
-_BROAD = frozenset({"Exception", "BaseException"})
-_ERRORS = words(
-    "SQLAlchemyError DBAPIError IntegrityError OperationalError ProgrammingError DataError "
-    "DatabaseError InternalError InterfaceError StatementError UniqueViolation"
+_CHANGES = words(
+    "add add_all delete update insert text setattr flush merge bulk_save_objects "
+    "bulk_insert_mappings"
 )
-_ENDS = frozenset({"rollback", "close", "aclose", "remove", "invalidate", "reset"})
 
 
 def judge(model: Model) -> Iterator[Finding]:
@@ -122,17 +129,17 @@ def _judge_try(
         and not _in_savepoint(use.block, node)
         and (use.name in _WRITES or not keeps_postgresql_out(model, scope, use.node, use.block))
     ]
-    if not tried:
+    if not tried or ("execute" not in may_fail and _only_reads(node)):
         return
     path, failing = next(((p, u) for p, u in tried if u.name in _WRITES), tried[0])
     looped = bool(loops_over(scope, path, block)) or _is_called_in_loop(model, scope, path)
     for handler in node.handlers:
-        caught = _caught(handler)
+        caught = caught_by(handler)
         if (
             caught is None
-            or _acts(handler, path)
-            or _calls_one_that_acts(model, scope, handler)
-            or (caught in _BROAD and failing.name not in _WRITES and len(node.body) > 3)
+            or acts(handler, path)
+            or calls_one_that_acts(model, scope, handler)
+            or (caught in BROAD and failing.name not in _WRITES and len(node.body) > 3)
         ):
             continue
         after = _used_after(scope, node, block, handler, path, uses)
@@ -148,6 +155,16 @@ def _judge_try(
             return
 
 
+def _only_reads(node: ast.Try) -> bool:
+    """A commit after reads alone has nothing that could fail, where a failed read does no harm."""
+    return not any(
+        (isinstance(inner, ast.Call) and last_name(inner) in _CHANGES)
+        or (isinstance(inner, ast.Attribute | ast.Subscript) and isinstance(inner.ctx, ast.Store))
+        for statement in node.body
+        for inner in ast.walk(statement)
+    )
+
+
 def _left_behind(
     model: Model,
     scope: Scope,
@@ -161,22 +178,14 @@ def _left_behind(
     """Return who goes on with the session after the function, unless it is ended here."""
     end = position(node)
     for other, use, _ in known:
-        if other == path and use.name in _ENDS and position(use.node) > end:
+        if other == path and use.name in ENDS and position(use.node) > end:
             return None
     value = next(value for _, use, value in known if use is failing)
     written = failing.name in _WRITES
     # Who catches an error of the database by its name has seen it come.
-    expected = written or caught in _ERRORS
-    told = _returns_false(handler)
+    expected = written or caught in ERRORS
+    told = returns_false(handler)
     return goes_on(model, Swallowed(scope, path, failing, value, expected, written, told))
-
-
-def _returns_false(handler: ast.ExceptHandler) -> bool:
-    match handler.body[-1]:
-        case ast.Return(value=ast.Constant(value=False)):
-            return True
-        case _:
-            return False
 
 
 def _directly_in(block: Block, node: ast.Try) -> bool:
@@ -199,59 +208,6 @@ def _in_savepoint(block: Block, node: ast.Try) -> bool:
     return False
 
 
-def _caught(handler: ast.ExceptHandler) -> str | None:
-    """Return the database error that *handler* catches."""
-    if handler.type is None:
-        return "Exception"
-    types = handler.type.elts if isinstance(handler.type, ast.Tuple) else [handler.type]
-    names = [t.attr if isinstance(t, ast.Attribute) else getattr(t, "id", "") for t in types]
-    return next((n for n in names if n in _ERRORS), None) or next(
-        (n for n in names if n in _BROAD), None
-    )
-
-
-def _acts(handler: ast.ExceptHandler, path: str) -> bool:
-    """Return whether the handler ends the transaction, raises, or leaves the function."""
-    for node in ast.walk(handler):
-        if isinstance(node, ast.Raise):
-            return True
-        if isinstance(node, ast.Attribute) and node.attr in {"is_active", "in_transaction"}:
-            return True
-        if isinstance(node, ast.Call):
-            function = node.func
-            last = (
-                function.attr
-                if isinstance(function, ast.Attribute)
-                else getattr(function, "id", "")
-            )
-            if last in _ENDS or last in {"exit", "_exit", "abort", "fail", "skip"}:
-                return True
-            if last.lstrip("_").startswith(("handle_", "fail_", "abort_", "on_error")):
-                return True
-            if "rollback" in last or "reset" in last or "close" in last or "raise" in last:
-                return True
-            if any(ast.unparse(a) == path for a in node.args):
-                return True  # handed to someone who may well roll it back
-    return False
-
-
-def _calls_one_that_acts(model: Model, scope: Scope, handler: ast.ExceptHandler) -> bool:
-    """A function of the project that the handler calls rolls back, or raises for it."""
-    for call in scope.calls:
-        if contains(handler, call.node):
-            target = model.called(call.node, scope)
-            function = target.function if target is not None else None
-            if function is not None and (
-                (target is not None and target.raises)
-                or any(
-                    isinstance(node, ast.Attribute) and node.attr in _ENDS
-                    for node in ast.walk(function)
-                )
-            ):
-                return True
-    return False
-
-
 def _used_after(
     scope: Scope,
     node: ast.Try,
@@ -264,7 +220,7 @@ def _used_after(
     mine = [use for other, use in uses if other == path]
     inside = next((u for u in mine if contains(handler, u.node)), None)
     if inside is not None:
-        return None if inside.name in _ENDS else inside
+        return None if inside.name in ENDS else inside
     last = handler.body[-1]
     if isinstance(last, ast.Return):
         return None
@@ -276,7 +232,7 @@ def _used_after(
     if not isinstance(last, ast.Continue):
         for use in mine:
             if position(use.node) > end and reaches(block, use.block):
-                return None if use.name in _ENDS else use
+                return None if use.name in ENDS else use
     if loop is not None and not isinstance(last, ast.Break):
         if bound_in(scope, path, loop):
             return None
@@ -298,10 +254,21 @@ def _is_called_in_loop(model: Model, scope: Scope, path: str) -> bool:
 
 
 def _mend(path: str, failing: Use, *, looped: bool, awaited: bool) -> str:
+    line = f"{'async ' if awaited else ''}with {path}.begin_nested():"
+    if any(begins(block, path) for block in failing.block.chain()):
+        return f"Write `{line}` around it: a rollback would end the transaction of its block"
     if looped and failing.name != "commit":
-        line = f"{'async ' if awaited else ''}with {path}.begin_nested():"
         return f"Write `{line}` around it: a rollback would lose the rows of the earlier turns"
     return "Roll back first, or use begin_nested()"
+
+
+def _consequence(failing: Use) -> str:
+    if failing.name in _WRITES:
+        return "PendingRollbackError"
+    return (
+        'PostgreSQL answers each next statement with "current transaction is aborted", and a '
+        "COMMIT with ROLLBACK"
+    )
 
 
 def _finding(
@@ -317,14 +284,13 @@ def _finding(
 ) -> Finding:
     awaited = any(call.node is failing.node and call.role == "await" for call in scope.calls)
     mend = _mend(path, failing, looped=looped, awaited=awaited)
-    confidence: Confidence = "high" if caught in _ERRORS or failing.name in _WRITES else "medium"
+    confidence: Confidence = "high" if caught in ERRORS or failing.name in _WRITES else "medium"
     return model.finding(
         RULE,
         scope,
         failing.node,
         f"An error of `{path}.{failing.name}()` is swallowed in line {handler.lineno} without a "
-        f"rollback, {then}: PendingRollbackError, "
-        f"or a COMMIT that PostgreSQL answers with ROLLBACK. {mend}",
+        f"rollback, {then}: {_consequence(failing)}. {mend}",
         confidence=confidence,
         because=[
             Because(scope, failing.node, "may fail here" + (", awaited" if awaited else "")),
