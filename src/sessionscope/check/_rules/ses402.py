@@ -10,7 +10,8 @@ It does not flag a statement that PostgreSQL never sees, because a guard on the 
 around it, above it, or around each call of its function: ``if bind.dialect.name == "sqlite":``; or
 because its module imports, at its top, from ``sqlalchemy.dialects`` what belongs to other databases
 alone. A flush or a commit that fails there is flagged all the same: the session itself refuses what
-comes next, on any database.
+comes next, on any database. Nor does it flag an error after which the project's session class rolls
+back by itself, nor one that a caller who has passed no session is told by ``return False``.
 
 ## Why it bites in production
 
