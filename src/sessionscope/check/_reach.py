@@ -1,6 +1,7 @@
 """Where control may come to after a block, with the same session."""
 
 import ast
+from typing import cast
 
 from sessionscope.check._facts import Block, Scope, last_name
 
@@ -27,13 +28,8 @@ def reaches(block: Block, other: Block, path: str = "") -> bool:
 
 def _last(block: Block) -> ast.stmt | None:
     """Return the statement that ends *block*."""
-    match block:
-        case Block(kind="orelse" | "else", node=ast.If(orelse=body) | ast.Try(orelse=body)):
-            pass
-        case Block(kind="finally", node=ast.Try(finalbody=body)):
-            pass
-        case _:
-            body = getattr(block.node, "body", [])
+    name = {"orelse": "orelse", "else": "orelse", "finally": "finalbody"}.get(block.kind, "body")
+    body = cast("list[ast.stmt] | ast.expr", getattr(block.node, name, []))
     return body[-1] if isinstance(body, list) and body else None
 
 

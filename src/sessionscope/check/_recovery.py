@@ -20,7 +20,7 @@ def recovered(model: Model) -> frozenset[str]:
         for scope, call in model.calls_of(_MAKERS)
         if scope.kind == "module" and model.value(call.node, scope) is not None
     ]
-    return frozenset.intersection(*methods) if methods else frozenset()
+    return methods[0].intersection(*methods) if methods else frozenset[str]()
 
 
 def _of_factory(model: Model, made: ast.Call, scope: Scope) -> frozenset[str]:
@@ -30,7 +30,7 @@ def _of_factory(model: Model, made: ast.Call, scope: Scope) -> frozenset[str]:
             owner = found.target if found is not None and found.kind == "class" else None
             if isinstance(owner, Scope):
                 return frozenset(m.name for m in owner.children if _undoes_on_error(m))
-    return frozenset()
+    return frozenset[str]()
 
 
 def _undoes_on_error(method: Scope) -> bool:
