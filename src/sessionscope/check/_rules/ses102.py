@@ -134,8 +134,8 @@ def _softened(model: Model, scope: Scope, confidence: Confidence) -> Confidence:
 
 
 def _serves_a_command(model: Model, scope: Scope) -> bool:
-    """Return whether commands alone call the function: their process ends with it."""
-    callers = model.callers(scope)
+    """Return whether commands alone call what has its name: their process ends with it."""
+    callers = model.calls_by_name.get(scope.name, [])
     return bool(callers) and all(model.in_context(c.scope) == "command" for c in callers)
 
 
