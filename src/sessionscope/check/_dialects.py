@@ -4,7 +4,15 @@ import ast
 import re
 from collections.abc import Iterator
 
-from sessionscope.check._facts import Block, Module, Scope, dotted, last_name, position
+from sessionscope.check._facts import (
+    Block,
+    Module,
+    Scope,
+    dotted,
+    last_name,
+    position,
+    receiver,
+)
 from sessionscope.check._model import Model
 
 _DIALECTS = ("sqlalchemy.dialects.", "sqlalchemy.dialects:")
@@ -13,6 +21,40 @@ _FLAG = re.compile(
     r"_*(?:is_|uses?_|using_|on_)?(?:sqlite|mysql|mariadb|postgres\w*)", re.IGNORECASE
 )
 _LEAVES = (ast.Return, ast.Raise, ast.Continue)
+
+
+def speaks_sqlite_alone(model: Model) -> bool:
+    """Return whether each engine of the project is one of SQLite, by the text of its URL."""
+    urls = [
+        _url(model, call.node, scope)
+        for scope, call in model.calls_of(("create_engine", "create_async_engine"))
+        if model.value(call.node, scope) is not None
+    ]
+    return bool(urls) and all("sqlite" in url for url in urls)
+
+
+def _url(model: Model, call: ast.Call, scope: Scope) -> str:
+    """Return the text of an engine's call, with what its URL is bound to."""
+    first = call.args[0] if call.args else None
+    path = dotted(first) if first is not None else None
+    texts = [ast.unparse(value) for value in _assigned(path, scope)] if path is not None else []
+    told = [text for text in texts if text not in {"''", "None"}]
+    # Of several that it may be, the one that is not SQLite's counts.
+    other = next((text for text in told if "sqlite" not in text.lower()), None)
+    return (other or " ".join([*told, ast.unparse(call)])).lower()
+
+
+def _assigned(path: str, scope: Scope) -> Iterator[ast.expr]:
+    """Yield what *path* is bound to, in the other methods too where the object holds it."""
+    method = scope.method()
+    own = receiver(method) if method is not None else None
+    places = list(scope.around())
+    if method is not None and method.parent is not None and path.startswith(f"{own}."):
+        places = list(method.parent.children)
+    for place in places:
+        for binding in place.bindings.get(path, ()):
+            if isinstance(binding.value, ast.expr):
+                yield binding.value
 
 
 def keeps_postgresql_out(

@@ -283,7 +283,7 @@ class Model:
                 return "endpoint"
             if name in _TASKS:
                 return "task"
-            if name in _COMMANDS and not function.is_async:
+            if (name in _COMMANDS or "cli" in name.split("_")) and not function.is_async:
                 return "command"
             if name == "on_event":
                 return "start-up"

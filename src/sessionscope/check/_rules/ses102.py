@@ -127,10 +127,16 @@ def _softened(model: Model, scope: Scope, confidence: Confidence) -> Confidence:
     """The process of a script ends soon after, and its sessions with it."""
     if model.runs_once(scope):
         return "low"
-    context = model.in_context(scope)
+    context = "command" if _serves_a_command(model, scope) else model.in_context(scope)
     if context not in _SHORT_LIVED:
         return confidence
     return "medium" if confidence == "high" and context == "start-up" else "low"
+
+
+def _serves_a_command(model: Model, scope: Scope) -> bool:
+    """Return whether commands alone call what has its name: their process ends with it."""
+    callers = model.calls_by_name.get(scope.name, [])
+    return bool(callers) and all(model.in_context(c.scope) == "command" for c in callers)
 
 
 def _short(node: ast.Call) -> str:

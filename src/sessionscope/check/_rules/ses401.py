@@ -5,6 +5,9 @@
 Flags HTTP calls, LLM calls, ``sleep``, mail and subprocesses between the first statement of a
 session and its commit, rollback or close. The list of calls can be extended (``blocking-calls``).
 
+It does not flag a wait that holds an advisory lock, nor one after reads alone in a command, whose
+connection nobody waits for, or where each engine of the project is one of SQLite.
+
 ## Why it bites in production
 
 While the other side takes its time the connection is "idle in transaction": its locks are held,
@@ -34,8 +37,10 @@ Where the call is always fast, or the lock is wanted.
 """
 
 import ast
+import re
 from collections.abc import Iterator
 
+from sessionscope.check._dialects import speaks_sqlite_alone
 from sessionscope.check._facts import STATEMENTS, Block, CallFact, Scope, Use, position, words
 from sessionscope.check._finding import Finding, Rule
 from sessionscope.check._model import Because, Model
@@ -66,6 +71,11 @@ _VERBS = words(
 )
 _STRAIGHT = frozenset({"body", "with", "try", "else", "loop"})
 _ENDS = frozenset({"commit", "rollback", "close", "aclose", "remove", "invalidate"})
+_LOCK = re.compile(r"(?i)advisory_(xact_)?lock|\bget_lock\b")
+_WRITES = words(
+    "add add_all delete flush merge execute exec bulk_save_objects bulk_insert_mappings "
+    "bulk_update_mappings"
+)
 _SILENT = frozenset(
     {
         "add",
@@ -83,10 +93,13 @@ _SILENT = frozenset(
 
 def judge(model: Model) -> Iterator[Finding]:
     """Find waits that keep a transaction open."""
+    sqlite_alone = speaks_sqlite_alone(model)
     for scope in model.functions:
         uses = model.session_uses(scope)
         if not uses:
             continue
+        # SQLite's drivers open no transaction for reads, and nobody waits for a command's.
+        lenient = sqlite_alone or model.in_context(scope) == "command"
         told = set[str]()
         for call in scope.calls:
             what = _blocks(model, scope, call)
@@ -94,9 +107,25 @@ def judge(model: Model) -> Iterator[Finding]:
                 continue
             for path in dict.fromkeys(path for path, _, _ in uses):
                 first = _open_at(scope, path, call, uses)
-                if first is not None and path not in told:
+                if first is None or _takes_lock(first):
+                    continue
+                if lenient and not _writes_before(path, call, uses):
+                    continue
+                if path not in told:
                     told.add(path)
                     yield _finding(model, scope, call, what, first)
+
+
+def _takes_lock(use: Use) -> bool:
+    """An advisory lock is the connection's, and held for as long as the work takes."""
+    return _LOCK.search(ast.unparse(use.node)) is not None
+
+
+def _writes_before(path: str, call: CallFact, uses: list[tuple[str, Use, Value]]) -> bool:
+    return any(
+        other == path and use.name in _WRITES and position(use.node) < position(call.node)
+        for other, use, _ in uses
+    )
 
 
 def _blocks(model: Model, scope: Scope, call: CallFact, depth: int = 0) -> str | None:

@@ -10,7 +10,8 @@ It does not flag a statement that PostgreSQL never sees, because a guard on the 
 around it, above it, or around each call of its function: ``if bind.dialect.name == "sqlite":``; or
 because its module imports, at its top, from ``sqlalchemy.dialects`` what belongs to other databases
 alone. A flush or a commit that fails there is flagged all the same: the session itself refuses what
-comes next, on any database.
+comes next, on any database. Nor does it flag an error after which the project's session class rolls
+back by itself, nor one that a caller who has passed no session is told by ``return False``.
 
 ## Why it bites in production
 
@@ -60,11 +61,22 @@ Where the error cannot come from the database.
 import ast
 from collections.abc import Iterator
 
-from sessionscope.check._dialects import keeps_postgresql_out
-from sessionscope.check._facts import Block, Scope, Use, dotted, position, words
+from sessionscope.check._dialects import keeps_postgresql_out, speaks_sqlite_alone
+from sessionscope.check._facts import Block, Scope, Use, dotted, last_name, position, words
 from sessionscope.check._finding import Confidence, Finding, Rule
-from sessionscope.check._lifetime import goes_on
+from sessionscope.check._handlers import (
+    BROAD,
+    ENDS,
+    ERRORS,
+    acts,
+    calls_one_that_acts,
+    caught_by,
+    returns_false,
+)
+from sessionscope.check._lifetime import Swallowed, goes_on
 from sessionscope.check._model import Because, Model, contains, dotted_root
+from sessionscope.check._reach import begins, bound_in, loops_over, reaches
+from sessionscope.check._recovery import recovered
 from sessionscope.check._values import Value
 
 _FAILS = frozenset(
@@ -82,36 +94,23 @@ _FAILS = frozenset(
     }
 )
 _WRITES = frozenset({"flush", "commit", "merge", "bulk_save_objects", "bulk_insert_mappings"})
-_BROAD = frozenset({"Exception", "BaseException"})
-_ERRORS = words(
-    "SQLAlchemyError DBAPIError IntegrityError OperationalError ProgrammingError DataError "
-    "DatabaseError InternalError InterfaceError StatementError UniqueViolation"
+_CHANGES = words(
+    "add add_all delete update insert text setattr flush merge bulk_save_objects "
+    "bulk_insert_mappings"
 )
-_ENDS = frozenset({"rollback", "close", "aclose", "remove", "invalidate", "reset"})
 
 
 def judge(model: Model) -> Iterator[Finding]:
     """Find transactions that go on after an error."""
-    sqlite_alone = _speaks_sqlite_alone(model)
+    # On SQLite a statement that fails leaves the transaction as it was.
+    failing = (_WRITES if speaks_sqlite_alone(model) else _FAILS) - recovered(model)
     for scope in model.functions:
         if not scope.tries:
             continue
         uses = model.session_uses(scope)
         if uses:
-            # On SQLite a statement that fails leaves the transaction as it was.
-            failing = _WRITES if sqlite_alone else _FAILS
             for node, block in scope.tries:
                 yield from _judge_try(model, scope, node, block, uses, failing)
-
-
-def _speaks_sqlite_alone(model: Model) -> bool:
-    """Return whether each engine of the project is one of SQLite, by the text of its URL."""
-    urls = [
-        ast.unparse(call.node).lower()
-        for scope, call in model.calls_of(("create_engine", "create_async_engine"))
-        if model.value(call.node, scope) is not None
-    ]
-    return bool(urls) and all("sqlite" in url for url in urls)
 
 
 def _judge_try(
@@ -131,17 +130,17 @@ def _judge_try(
         and not _in_savepoint(use.block, node)
         and (use.name in _WRITES or not keeps_postgresql_out(model, scope, use.node, use.block))
     ]
-    if not tried:
+    if not tried or ("execute" not in may_fail and _only_reads(node)):
         return
     path, failing = next(((p, u) for p, u in tried if u.name in _WRITES), tried[0])
-    looped = _in_loop(scope, path, block) or _is_called_in_loop(model, scope, path)
+    looped = bool(loops_over(scope, path, block)) or _is_called_in_loop(model, scope, path)
     for handler in node.handlers:
-        caught = _caught(handler)
+        caught = caught_by(handler)
         if (
             caught is None
-            or _acts(handler, path)
-            or _calls_one_that_acts(model, scope, handler)
-            or (caught in _BROAD and failing.name not in _WRITES and len(node.body) > 3)
+            or acts(handler, path)
+            or calls_one_that_acts(model, scope, handler)
+            or (caught in BROAD and failing.name not in _WRITES and len(node.body) > 3)
         ):
             continue
         after = _used_after(scope, node, block, handler, path, uses)
@@ -150,17 +149,28 @@ def _judge_try(
             then = Because(scope, after.node, "and the session is used again here")
             yield _finding(model, scope, handler, path, failing, caught, text, then, looped)
             return
-        later = _left_behind(model, scope, node, path, failing, caught, known)
+        later = _left_behind(model, scope, node, handler, path, failing, caught, known)
         if later is not None:
             text = f"and whoever holds `{path}` goes on with it"
             yield _finding(model, scope, handler, path, failing, caught, text, later, looped)
             return
 
 
+def _only_reads(node: ast.Try) -> bool:
+    """A commit after reads alone has nothing that could fail, where a failed read does no harm."""
+    return not any(
+        (isinstance(inner, ast.Call) and last_name(inner) in _CHANGES)
+        or (isinstance(inner, ast.Attribute | ast.Subscript) and isinstance(inner.ctx, ast.Store))
+        for statement in node.body
+        for inner in ast.walk(statement)
+    )
+
+
 def _left_behind(
     model: Model,
     scope: Scope,
     node: ast.Try,
+    handler: ast.ExceptHandler,
     path: str,
     failing: Use,
     caught: str,
@@ -169,12 +179,14 @@ def _left_behind(
     """Return who goes on with the session after the function, unless it is ended here."""
     end = position(node)
     for other, use, _ in known:
-        if other == path and use.name in _ENDS and position(use.node) > end:
+        if other == path and use.name in ENDS and position(use.node) > end:
             return None
     value = next(value for _, use, value in known if use is failing)
+    written = failing.name in _WRITES
     # Who catches an error of the database by its name has seen it come.
-    expected = failing.name in _WRITES or caught in _ERRORS
-    return goes_on(model, scope, path, failing, value, expected=expected)
+    expected = written or caught in ERRORS
+    told = returns_false(handler)
+    return goes_on(model, Swallowed(scope, path, failing, value, expected, written, told))
 
 
 def _directly_in(block: Block, node: ast.Try) -> bool:
@@ -197,59 +209,6 @@ def _in_savepoint(block: Block, node: ast.Try) -> bool:
     return False
 
 
-def _caught(handler: ast.ExceptHandler) -> str | None:
-    """Return the database error that *handler* catches."""
-    if handler.type is None:
-        return "Exception"
-    types = handler.type.elts if isinstance(handler.type, ast.Tuple) else [handler.type]
-    names = [t.attr if isinstance(t, ast.Attribute) else getattr(t, "id", "") for t in types]
-    return next((n for n in names if n in _ERRORS), None) or next(
-        (n for n in names if n in _BROAD), None
-    )
-
-
-def _acts(handler: ast.ExceptHandler, path: str) -> bool:
-    """Return whether the handler ends the transaction, raises, or leaves the function."""
-    for node in ast.walk(handler):
-        if isinstance(node, ast.Raise):
-            return True
-        if isinstance(node, ast.Attribute) and node.attr in {"is_active", "in_transaction"}:
-            return True
-        if isinstance(node, ast.Call):
-            function = node.func
-            last = (
-                function.attr
-                if isinstance(function, ast.Attribute)
-                else getattr(function, "id", "")
-            )
-            if last in _ENDS or last in {"exit", "_exit", "abort", "fail", "skip"}:
-                return True
-            if last.lstrip("_").startswith(("handle_", "fail_", "abort_", "on_error")):
-                return True
-            if "rollback" in last or "reset" in last or "close" in last or "raise" in last:
-                return True
-            if any(ast.unparse(a) == path for a in node.args):
-                return True  # handed to someone who may well roll it back
-    return False
-
-
-def _calls_one_that_acts(model: Model, scope: Scope, handler: ast.ExceptHandler) -> bool:
-    """A function of the project that the handler calls rolls back, or raises for it."""
-    for call in scope.calls:
-        if contains(handler, call.node):
-            target = model.called(call.node, scope)
-            function = target.function if target is not None else None
-            if function is not None and (
-                (target is not None and target.raises)
-                or any(
-                    isinstance(node, ast.Attribute) and node.attr in _ENDS
-                    for node in ast.walk(function)
-                )
-            ):
-                return True
-    return False
-
-
 def _used_after(
     scope: Scope,
     node: ast.Try,
@@ -262,7 +221,7 @@ def _used_after(
     mine = [use for other, use in uses if other == path]
     inside = next((u for u in mine if contains(handler, u.node)), None)
     if inside is not None:
-        return None if inside.name in _ENDS else inside
+        return None if inside.name in ENDS else inside
     last = handler.body[-1]
     if isinstance(last, ast.Return):
         return None
@@ -273,36 +232,13 @@ def _used_after(
         block = loop.parent
     if not isinstance(last, ast.Continue):
         for use in mine:
-            if position(use.node) > end and _shares(block, use.block):
-                return None if use.name in _ENDS else use
+            if position(use.node) > end and reaches(block, use.block):
+                return None if use.name in ENDS else use
     if loop is not None and not isinstance(last, ast.Break):
-        if _bound_in(scope, path, loop):
+        if bound_in(scope, path, loop):
             return None
         return next((u for u in mine if loop in u.block.chain()), None)
     return None
-
-
-def _shares(block: Block, other: Block) -> bool:
-    """Return whether control that leaves *block* at its end may come to *other*."""
-    if block in other.chain():
-        return True
-    around = list(other.chain())
-    for inner in block.chain():
-        if inner in around:
-            return True
-        if inner.kind == "with":
-            return False  # the block may have ended the session
-    return False
-
-
-def _bound_in(scope: Scope, path: str, loop: Block) -> bool:
-    """A session that each turn of the loop makes anew forgets the error."""
-    return any(loop in binding.block.chain() for binding in scope.bindings.get(path, ()))
-
-
-def _in_loop(scope: Scope, path: str, block: Block) -> bool:
-    """Return whether a loop around *block* uses one session in each of its turns."""
-    return any(b.kind == "loop" and not _bound_in(scope, path, b) for b in block.chain())
 
 
 def _is_called_in_loop(model: Model, scope: Scope, path: str) -> bool:
@@ -313,16 +249,27 @@ def _is_called_in_loop(model: Model, scope: Scope, path: str) -> bool:
     for caller in model.callers(scope):
         passed = model.argument_for(caller.call.node, scope, name)
         held = (dotted(passed) if passed is not None else None) or path
-        if _in_loop(caller.scope, held, caller.call.block):
+        if loops_over(caller.scope, held, caller.call.block):
             return True
     return False
 
 
 def _mend(path: str, failing: Use, *, looped: bool, awaited: bool) -> str:
+    line = f"{'async ' if awaited else ''}with {path}.begin_nested():"
+    if any(begins(block, path) for block in failing.block.chain()):
+        return f"Write `{line}` around it: a rollback would end the transaction of its block"
     if looped and failing.name != "commit":
-        line = f"{'async ' if awaited else ''}with {path}.begin_nested():"
         return f"Write `{line}` around it: a rollback would lose the rows of the earlier turns"
     return "Roll back first, or use begin_nested()"
+
+
+def _consequence(failing: Use) -> str:
+    if failing.name in _WRITES:
+        return "PendingRollbackError"
+    return (
+        'PostgreSQL answers each next statement with "current transaction is aborted", and a '
+        "COMMIT with ROLLBACK"
+    )
 
 
 def _finding(
@@ -338,14 +285,13 @@ def _finding(
 ) -> Finding:
     awaited = any(call.node is failing.node and call.role == "await" for call in scope.calls)
     mend = _mend(path, failing, looped=looped, awaited=awaited)
-    confidence: Confidence = "high" if caught in _ERRORS or failing.name in _WRITES else "medium"
+    confidence: Confidence = "high" if caught in ERRORS or failing.name in _WRITES else "medium"
     return model.finding(
         RULE,
         scope,
         failing.node,
         f"An error of `{path}.{failing.name}()` is swallowed in line {handler.lineno} without a "
-        f"rollback, {then}: PendingRollbackError, "
-        f"or a COMMIT that PostgreSQL answers with ROLLBACK. {mend}",
+        f"rollback, {then}: {_consequence(failing)}. {mend}",
         confidence=confidence,
         because=[
             Because(scope, failing.node, "may fail here" + (", awaited" if awaited else "")),
