@@ -202,6 +202,11 @@ def _alone(
         waiting[escape.shown] = call
         return
     if is_kept(scope, call):
+        beside = _used_beside(model, scope, call, escape, is_kept=True)
+        is_own = "." in escape.shown  # of the object that keeps the task as well
+        if not is_own and (beside is not None or escape.value.scope is scope):
+            what = "a task and by this function"
+            yield _finding(model, scope, call.node, escape, what, beside and beside.node)
         return
     group = _in_group(scope, call)
     looped = _is_looped(scope, call.block, escape)
@@ -226,8 +231,13 @@ def _runs_beside(scope: Scope, first: CallFact | None, call: CallFact) -> bool:
     return bool(awaited) and position(call.node) < min(awaited)
 
 
-def _used_beside(model: Model, scope: Scope, task: CallFact, escape: Escape) -> CallFact | None:
-    """Return what awaits the task's session after the task was started, and before it is over."""
+def _used_beside(
+    model: Model, scope: Scope, task: CallFact, escape: Escape, *, is_kept: bool = False
+) -> CallFact | None:
+    """Return what awaits the task's session after the task was started, and before it is over.
+
+    One that *is_kept* is over when this function has long ended.
+    """
     uses = [use for name in names(task) for use in scope.uses.get(name, ())]
     over = [
         position(use.node)
@@ -235,10 +245,11 @@ def _used_beside(model: Model, scope: Scope, task: CallFact, escape: Escape) -> 
         if use.role not in {"method", "attribute"} or use.name in {"cancel", "add_done_callback"}
     ]
     later = [place for place in over if place > position(task.node)]
-    if not later:
+    if not (later or is_kept):
         return None
     for other in scope.calls:
-        between = position(task.node) < position(other.node) < min(later)
+        between = position(task.node) < position(other.node)
+        between = between and (is_kept or position(other.node) < min(later))
         if not between or other.role != "await" or task.block not in other.block.chain():
             continue
         if other.name in _CLOSES or _is_locked(other.block):
