@@ -8,7 +8,7 @@ from sqlalchemy import create_engine, event, text
 from sqlalchemy.orm import Session
 
 from sessionscope import Database, Unit, after_commit, after_rollback
-from sessionscope.exc import ConfigurationError
+from sessionscope.exc import ConfigurationError, SessionEnded
 from tests.models import Item, Note, names
 
 
@@ -162,6 +162,16 @@ def test_a_rollback_before_any_statement_drops_hooks_as_well(database: Database)
         after_commit(session, called.append, "commit 2")
 
     assert called == ["rollback 1", "commit 2"]
+
+
+def test_a_hook_of_a_session_that_was_closed_hides_nothing(database: Database) -> None:
+    """The end of the unit says what was wrong."""
+    called: list[str] = []
+    with pytest.raises(SessionEnded, match="was called inside"), database.begin() as session:
+        session.close()
+        after_rollback(session, called.append, "rollback")
+
+    assert called == ["rollback"]
 
 
 def test_hooks_in_nested_begin_blocks_of_the_session_run_once(database: Database) -> None:

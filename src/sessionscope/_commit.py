@@ -358,6 +358,9 @@ def _unavailable(context: ExceptionContext, database: str) -> BaseException | No
     if context.is_pre_ping or not is_ours:
         return None
     orig = context.original_exception
+    is_lost = context.is_disconnect or str(orig) == _SOCKET_CLOSED
+    if context.connection is not None and not is_lost:
+        return None  # the server is there, and refuses a question
     # libpq breaks its messages into lines; MySQL's drivers put a code before theirs.
     text = " ".join(str(orig.args[-1] if orig.args else orig).split())
     mend = next((mend for part, mend in _MENDS.items() if part in text), "")

@@ -10,12 +10,13 @@ nothing for them.
 import logging
 from asyncio import CancelledError
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from inspect import isawaitable, iscoroutinefunction
 from typing import ParamSpec, Protocol
 
 from sqlalchemy import Connection, event
+from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.util import await_only
 
@@ -55,7 +56,7 @@ def after_commit(
     cancelled, so is *fn*; those after it run, and then the cancellation is delivered again.
 
     Like add() it begins the session's transaction, which takes no connection yet, so that a
-    rollback() that comes first drops it.
+    rollback() that comes first drops it; session.begin() must come before it.
 
     A session that no Database opened calls it when its transaction has ended. If
     such a session has joined an outer transaction that only others can commit
@@ -148,7 +149,10 @@ class _Hooks:
 
     def add(self, session: Session, call: Hook, *, on_commit: bool) -> None:
         if session.autobegin and not session.in_transaction():
-            session.begin()  # rollback() tells nobody where none has begun
+            # rollback() tells nobody where none has begun. A session that was closed for good
+            # is refused at the end of its unit.
+            with suppress(InvalidRequestError):
+                session.begin()
         self._waiting.append(_Hook(call, on_commit, session.get_nested_transaction()))
 
     def settle_rest(self) -> None:

@@ -124,7 +124,7 @@ class _CountedPool(pool.Pool):
             return self.backends.open(partial(self._connect, record), discard, self._patience)
         except DeadlineExceeded:  # which is an OSError as well
             raise
-        except OSError as error:  # of asyncpg
+        except OSError as error:  # which asyncpg leaves as it is
             dialect: Any = self._dialect
             raise dialect.loaded_dbapi.OperationalError(str(error)) from error
 
@@ -150,7 +150,7 @@ class _CountedPool(pool.Pool):
 
 
 def _of_asyncpg(error: Exception, dialect: Any) -> Exception | None:
-    """Return an *error* of asyncpg's while it connects as one that SQLAlchemy knows."""
+    """Return an *error* of asyncpg's, in opening a connection, as one that SQLAlchemy knows."""
     dbapi = dialect.loaded_dbapi
     if not hasattr(dbapi, "_asyncpg_error_translate"):
         return None

@@ -111,6 +111,8 @@ def warn_of_idleness(session: Session, method: str, arguments: tuple[object, ...
     is_autocommit = scope is not None and scope.autocommit and not scope.streams
     if is_autocommit or not session.in_transaction() or (scope is None and _may_idle(session)):
         return
+    if scope is not None and (scope.connection is None or scope.connection.closed):
+        return  # begun by add() or a hook, and on no connection yet
     _warn(
         # Without the seconds, so that Python's filter shows it once for each line.
         f"The session opened at {describe(opened_at(session))} was idle in its transaction for "

@@ -50,7 +50,8 @@ def _in_caller(called: Called, name: str, *, saved: bool) -> Because | None:
     ]
     if later and (before or not saved):
         return Because(scope, later[0].node, f"`{scope.name}` goes on with it here")
-    lost = [use for use in before if use.name in _WRITES]
+    ended = max((position(use.node) for use in before if use.name == "commit"), default=(0, 0))
+    lost = [use for use in before if use.name in _WRITES and position(use.node) > ended]
     if lost and not saved:
         return Because(scope, lost[-1].node, f"what `{scope.name}` writes here is rolled back")
     return None

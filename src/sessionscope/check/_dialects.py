@@ -37,11 +37,19 @@ def _url(model: Model, call: ast.Call, scope: Scope) -> str:
     """Return the text of an engine's call, with what its URL is bound to."""
     first = call.args[0] if call.args else None
     path = dotted(first) if first is not None else None
-    texts = [ast.unparse(value) for value in _assigned(path, scope)] if path is not None else []
+    values = _assigned(path, scope) if path is not None else ()
+    texts = [ast.unparse(value) if _is_written_out(value) else "?" for value in values]
     told = [text for text in texts if text not in {"''", "None"}]
     # Of several that it may be, the one that is not SQLite's counts.
     other = next((text for text in told if "sqlite" not in text.lower()), None)
-    return (other or " ".join([*told, ast.unparse(call)])).lower()
+    return (other or " ".join([*told, ast.unparse(call if first is None else first)])).lower()
+
+
+def _is_written_out(value: ast.expr) -> bool:
+    """Return whether *value* is no setting, with SQLite's URL for a default."""
+    if isinstance(value, ast.Call):
+        return last_name(value) not in {"get", "getenv", "pop", "setdefault"}
+    return isinstance(value, ast.Constant | ast.JoinedStr | ast.BinOp)
 
 
 def _assigned(path: str, scope: Scope) -> Iterator[ast.expr]:

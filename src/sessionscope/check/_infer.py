@@ -172,7 +172,7 @@ class Inference:
         inner = self.index.submodule(module, name)
         if inner is not None:
             return Value("module", target=inner)
-        return external(f"builtins.{name}") if name in _BUILTINS else self._made_late(module)
+        return external(f"builtins.{name}") if name in _BUILTINS else None
 
     def _made_late(self, module: Module) -> Value | None:
         """A module's ``__getattr__`` that makes one object when it is first asked for."""
@@ -271,7 +271,7 @@ class Inference:
                 return known
         if not name:
             return Value("module", target=origin)
-        return self.symbol(origin, name)
+        return self.symbol(origin, name) or self._made_late(origin)
 
     def _configured(self, name: str) -> Value | None:
         if name in self._factories:
@@ -375,7 +375,7 @@ class Inference:
             known = self._configured(f"{module.name}.{name}")
             if known is not None:
                 return known
-        return self.symbol(module, name)
+        return self.symbol(module, name) or self._made_late(module)
 
     def member(self, owner: Scope, name: str, base: Value, depth: int = 0) -> Value | None:
         """Return the attribute *name* of a class or of its instances."""

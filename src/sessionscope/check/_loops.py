@@ -65,15 +65,15 @@ def _leaves_others(model: Model, function: Scope, node: ast.Call, depth: int) ->
     target = model.called(node, function) if depth < 4 else None
     if target is None or target.kind != "function":
         return False
-    if "leaves others" not in target.memo:
-        target.memo["leaves others"] = False  # asked again while it is looked into
-        target.memo["leaves others"] = any(
+    key = ("leaves others", depth)  # of which the deepest know less
+    if key not in target.memo:
+        target.memo[key] = any(
             call.name in _SERVERS
             or (call.name in _TASKS and call.role != "return" and not _is_over(target, call))
             or (call.role == "await" and _leaves_others(model, target, call.node, depth + 1))
             for call in target.calls
         )
-    return bool(target.memo["leaves others"])
+    return bool(target.memo[key])
 
 
 def _is_over(scope: Scope, task: CallFact) -> bool:

@@ -48,9 +48,8 @@ def writes(model: Model, function: Scope, path: str, depth: int = 0) -> Writes:
 
     With "self." for *path* it is any session that the object holds.
     """
-    key = ("writes", path)
+    key = ("writes", path, depth)  # of which the deepest know less
     if key not in function.memo:
-        function.memo[key] = Writes()  # asked again while it is looked into
         function.memo[key] = _in_order(model, function, path, depth)
     return cast("Writes", function.memo[key])
 
@@ -145,7 +144,7 @@ def _is_committed(block: Block, path: str, ended: list[Block]) -> bool:
         and any(
             isinstance(item.context_expr, ast.Call)
             and last_name(item.context_expr) == "begin"
-            and (dotted(item.context_expr.func) or "").startswith(path)
+            and (dotted(item.context_expr.func) or "").startswith(f"{path.removesuffix('.')}.")
             for item in around.node.items
         )
         for around in block.chain()

@@ -253,10 +253,9 @@ class _Link:
         self.server.transport.abort()
 
     def go_on(self) -> None:
-        """Hang no more."""
-        if self.struck == "hang":
-            self.struck = None
-            self.going_on.set()
+        """Forget the fault that has struck."""
+        self.struck = None
+        self.going_on.set()
 
     async def _to_server(self) -> None:
         while data := await self.client_reader.read(_CHUNK):
