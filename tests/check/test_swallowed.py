@@ -53,7 +53,7 @@ OTHERS = [
     "engine = create_engine(url)",
     "def start(url):\n    return create_engine(url)",
     'import os\nURL = os.getenv("URL", "sqlite:///shop.db")\nengine = create_engine(URL)',
-    'engine = create_engine(settings.url, connect_args=options if "sqlite" in settings.url else {})',
+    'engine = create_engine(conf.url, connect_args=options if "sqlite" in conf.url else {})',
     """
 class Manager:
     def __init__(self, url):

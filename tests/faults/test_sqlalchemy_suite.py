@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from sqlalchemy import create_engine, make_url, text
+from sqlalchemy import create_engine, inspect, make_url, text
 
 from tests.conftest import missing
 from tests.faults import sqlalchemy_suite
@@ -70,9 +70,11 @@ def suite_url(suite: Suite, request: pytest.FixtureRequest) -> Iterator[str]:
         return
     engine = create_engine(given, isolation_level="AUTOCOMMIT")
     with engine.connect() as connection:
-        connection.execute(text("CREATE SCHEMA test_schema"))
+        schemas = inspect(connection).get_schema_names()  # on MySQL it is a database, beside ours
+        if "test_schema" not in schemas:
+            connection.execute(text("CREATE SCHEMA test_schema"))
         yield url
-        if given.get_backend_name() == "mysql":  # where it is a database, beside the given one
+        if given.get_backend_name() == "mysql" and "test_schema" not in schemas:
             connection.execute(text("DROP SCHEMA test_schema"))
     engine.dispose()
 
