@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 
 from benchmarks._cancelled import hold_all
 from benchmarks.cancellation import leak, with_driver
-from sessionscope import AsyncDatabase, Database, _overlap
+from sessionscope import AsyncDatabase, Database, _overlap, after_commit
 from sessionscope.exc import IdleInTransactionWarning, SessionLeakWarning
 from tests.models import Item, names
 
@@ -185,6 +185,17 @@ def test_a_transaction_that_was_idle_is_told_with_the_last_statement(database: D
     assert "after 'SELECT item.id, item.name FROM item WHERE item.name = :name_1'" in message
     assert "a secret" not in message
     assert warned[0].filename == __file__
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_transaction_on_no_connection_is_not_idle(database: Database) -> None:
+    """A hook has begun it, after another one had ended; nothing was asked of the server."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with database.begin() as session:
+            session.commit()
+            after_commit(session, str)
+            session.flush()
 
 
 @pytest.mark.usefixtures("impatient")

@@ -48,9 +48,8 @@ def _beside_mysql(url: str) -> Iterator[Arena]:
     engine.dispose()
 
 
-# Of changes that a plain session has lost, and of a disk that stood still for ten seconds.
+# Of changes that a plain session has lost.
 @pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SAWarning")
-@pytest.mark.filterwarnings("ignore::sessionscope.exc.IdleInTransactionWarning")
 @pytest.mark.parametrize("arena", DATABASES, indirect=True)
 def test_what_units_report_is_what_is_stored(arena: Arena) -> None:
     """Whatever is swallowed, rolled back or committed on the way."""

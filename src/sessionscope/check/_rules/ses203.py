@@ -202,7 +202,7 @@ def _alone(
         waiting[escape.shown] = call
         return
     if is_kept(scope, call):
-        beside = _used_beside(model, scope, call, escape, is_kept=True)
+        beside = _used_beside(model, scope, call, escape, outlives=True)
         is_own = "." in escape.shown  # of the object that keeps the task as well
         if not is_own and (beside is not None or escape.value.scope is scope):
             what = "a task and by this function"
@@ -232,11 +232,11 @@ def _runs_beside(scope: Scope, first: CallFact | None, call: CallFact) -> bool:
 
 
 def _used_beside(
-    model: Model, scope: Scope, task: CallFact, escape: Escape, *, is_kept: bool = False
+    model: Model, scope: Scope, task: CallFact, escape: Escape, *, outlives: bool = False
 ) -> CallFact | None:
     """Return what awaits the task's session after the task was started, and before it is over.
 
-    One that *is_kept* is over when this function has long ended.
+    One that *outlives* this function is not over before its end.
     """
     uses = [use for name in names(task) for use in scope.uses.get(name, ())]
     over = [
@@ -245,11 +245,11 @@ def _used_beside(
         if use.role not in {"method", "attribute"} or use.name in {"cancel", "add_done_callback"}
     ]
     later = [place for place in over if place > position(task.node)]
-    if not (later or is_kept):
+    if not (later or outlives):
         return None
     for other in scope.calls:
         between = position(task.node) < position(other.node)
-        between = between and (is_kept or position(other.node) < min(later))
+        between = between and (outlives or position(other.node) < min(later))
         if not between or other.role != "await" or task.block not in other.block.chain():
             continue
         if other.name in _CLOSES or _is_locked(other.block):
